@@ -1,0 +1,102 @@
+"""The one type that all data become: an ordered list of text, images and video."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, TypeAlias
+
+import numpy as np
+from PIL import Image as PILImage
+from transformers import ProcessorMixin
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from ..vlm.media import Video as DecodedVideo
+
+ImageSource: TypeAlias = str | PathLike | bytes | PILImage.Image | np.ndarray
+VideoSource: TypeAlias = str | PathLike | bytes | np.ndarray | Sequence[PILImage.Image | np.ndarray] | DecodedVideo
+
+
+@dataclass(frozen=True)
+class Text:
+    """A run of text; `loss` says whether its tokens are predicted."""
+
+    text: str
+    loss: bool = False
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image: path, bytes, PIL or uint8 [height, width, 3]."""
+
+    source: ImageSource
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video: path, bytes, or frames (uint8 [frames, height, width, 3]); files are sampled to `num_frames`."""
+
+    source: VideoSource
+    num_frames: int | None = None
+
+
+Part: TypeAlias = Text | Image | Video
+
+
+@dataclass(frozen=True)
+class Document:
+    """Parts in reading order, and the key that errors and logs name it by."""
+
+    key: str
+    parts: tuple[Part, ...]
+
+
+def chat_document(key: str, messages: list[dict[str, Any]], media: Iterable[Image | Video], processor: ProcessorMixin):
+    """A conversation as a document, rendered by the processor's chat template.
+
+    Args:
+        key: the document's key.
+        messages: `role` and `content` as transformers' chat templates take them; image and video parts may be bare
+            (`{"type": "image"}`).
+        media: the images and videos in the order of their parts.
+        processor: its template marks the assistant's words by `{% generation %}`; loss falls on them alone.
+
+    Raises:
+        ValueError: the template marks no assistant's words, or the numbers of placeholders and media differ.
+    """
+    rendered, spans = render_jinja_template(
+        conversations=[messages],
+        chat_template=processor.chat_template,
+        return_assistant_tokens_mask=True,
+        **processor.tokenizer.special_tokens_map,
+    )
+    text, answers = rendered[0], spans[0]
+    if not answers and any(message["role"] == "assistant" for message in messages):
+        raise ValueError(f"{key}: the chat template marks no assistant text; accepted: one with {{% generation %}}")
+    parts: list[Part] = []
+    queue = list(media)
+    position = 0
+    for start, end in answers:
+        parts += _split(text[position:start], False, queue, processor)
+        parts += _split(text[start:end], True, queue, processor)
+        position = end
+    parts += _split(text[position:], False, queue, processor)
+    if queue:
+        raise ValueError(f"{key}: {len(queue)} media more than placeholders in the messages; both must be equal")
+    return Document(key, tuple(parts))
+
+
+def _split(text: str, loss: bool, queue: list[Image | Video], processor: ProcessorMixin) -> list[Part]:
+    """Cuts a run of text at media placeholders, whose media are taken from the queue."""
+    parts: list[Part] = []
+    while text:
+        found = [(at, t) for t in (processor.image_token, processor.video_token) if (at := text.find(t)) >= 0]
+        if not found:
+            return [*parts, Text(text, loss)]
+        at, token = min(found)
+        if at:
+            parts.append(Text(text[:at], loss))
+        if not queue:
+            raise ValueError(f"the messages hold a {token} more than there are media; both numbers must be equal")
+        parts.append(queue.pop(0))
+        text = text[at + len(token) :]
+    return parts

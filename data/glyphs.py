@@ -1,0 +1,407 @@
+"""The embedded data: real handwritten digits and drawn shapes, coloured and set in scenes and clips.
+
+Nothing is downloaded: the digits are scikit-learn's `load_digits` (1,797 images of 8 × 8, from UCI's "Optical
+Recognition of Handwritten Digits"), split *by digit image* into train, dev and test, so a question about a test scene
+is about handwriting that no training step has seen. Every document is a function of (seed, split, index).
+"""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import av
+import numpy as np
+from PIL import Image as PILImage
+from PIL import ImageDraw
+from sklearn.datasets import load_digits
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, ProcessorMixin
+
+from ..vlm.processor import CONTENT_MACRO
+from .document import Document, Image, Text, Video, chat_document
+
+SPLITS = ("train", "dev", "test")
+CELL = 16  # pixels
+GLYPH = 13  # pixels that a glyph fills at most
+DIGITS = tuple("0123456789")
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
+KINDS = DIGITS + SHAPES
+COLOURS = {
+    "red": (235, 50, 40),
+    "green": (40, 200, 60),
+    "blue": (70, 110, 255),
+    "yellow": (240, 220, 40),
+    "cyan": (40, 215, 220),
+    "magenta": (230, 60, 220),
+}
+SIDE = 4  # cells a scene is wide and high
+CELLS = tuple(f"{column}{row}" for row in range(1, SIDE + 1) for column in "abcd")  # raster order
+
+WORDS = (
+    *KINDS, *COLOURS, *CELLS, "nothing", "what", "is", "at", "colour", "where", "the", "in", "row", "column",
+    "which", "digit", "appears", "does", "have", "?", ".", ";", ",", "a", "scene", "clip", "has", "and", "image",
+    "then", "picture", "of", "it", "there",
+)  # fmt: skip
+
+CHAT_TEMPLATE = (
+    CONTENT_MACRO
+    + """
+{%- for message in messages -%}
+{%- if message.role == 'assistant' -%}
+{{- '<|assistant|>' -}}{%- generation -%}{{- content(message) -}}{{- '<|end|>' -}}{%- endgeneration -%}
+{%- else -%}{{- '<|user|>' -}}{{- content(message) -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"""
+)
+FRAME_SEPARATOR = "<|frame|>"
+
+
+def glyph_tokenizer() -> PreTrainedTokenizerFast:
+    """The word-level tokenizer of the embedded data's small language."""
+    special = ["<|pad|>", "<|unknown|>", "<|user|>", "<|assistant|>", "<|end|>", FRAME_SEPARATOR]
+    vocabulary = {word: i for i, word in enumerate([*special, *dict.fromkeys(WORDS)])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<|pad|>",
+        unk_token="<|unknown|>",
+        eos_token="<|end|>",
+        additional_special_tokens=["<|user|>", "<|assistant|>", FRAME_SEPARATOR],
+    )
+
+
+@cache
+def _digit_masks(split: str) -> dict[str, np.ndarray]:
+    """Digit → its images in a split, float32 [images, GLYPH, GLYPH] in [0, 1]; 70 / 10 / 20 % by digit image."""
+    data = load_digits()
+    order = np.random.default_rng(20240131).permutation(len(data.images))
+    train, dev = int(0.7 * len(order)), int(0.8 * len(order))
+    chosen = {"train": order[:train], "dev": order[train:dev], "test": order[dev:]}[split]
+    masks: dict[str, list[np.ndarray]] = {digit: [] for digit in DIGITS}
+    for i in chosen:
+        small = PILImage.fromarray((data.images[i] * (255 / 16)).astype(np.uint8))
+        large = np.asarray(small.resize((GLYPH, GLYPH), PILImage.Resampling.BICUBIC), dtype=np.float32) / 255
+        masks[str(data.target[i])].append(large)
+    return {digit: np.stack(images) for digit, images in masks.items()}
+
+
+@cache
+def _shape_mask(shape: str) -> np.ndarray:
+    """A shape drawn large and reduced, float32 [GLYPH, GLYPH] in [0, 1]."""
+    n = GLYPH * 8
+    image = PILImage.new("L", (n, n))
+    draw = ImageDraw.Draw(image)
+    lo, hi, mid, bar = n * 0.06, n * 0.94, n / 2, n * 0.14
+    if shape == "circle":
+        draw.ellipse((lo, lo, hi, hi), fill=255)
+    elif shape == "square":
+        draw.rectangle((lo, lo, hi, hi), fill=255)
+    elif shape == "triangle":
+        draw.polygon([(mid, lo), (hi, hi), (lo, hi)], fill=255)
+    elif shape == "cross":
+        draw.rectangle((mid - bar, lo, mid + bar, hi), fill=255)
+        draw.rectangle((lo, mid - bar, hi, mid + bar), fill=255)
+    elif shape == "ring":
+        draw.ellipse((lo, lo, hi, hi), outline=255, width=int(n * 0.17))
+    else:
+        draw.polygon([(mid, lo), (hi, mid), (mid, hi), (lo, mid)], fill=255)
+    return np.asarray(image.resize((GLYPH, GLYPH), PILImage.Resampling.BOX), dtype=np.float32) / 255
+
+
+@dataclass(frozen=True)
+class Glyph:
+    """A digit or shape in a colour."""
+
+    kind: str
+    colour: str
+
+    def __str__(self) -> str:
+        return f"{self.colour} {self.kind}"
+
+
+def draw_cells(cells: Sequence[Glyph | None], side: int, split: str, rng: np.random.Generator) -> np.ndarray:
+    """Draws glyphs on a noisy dark ground, each shifted and shaded a little.
+
+    Args:
+        cells: what each cell holds, raster order, `side`² of them.
+        side: cells in a row.
+        split: whose digit images are used.
+        rng: draws images, shifts, shades and noise.
+
+    Returns:
+        uint8 [side · CELL, side · CELL, 3].
+    """
+    size = side * CELL
+    canvas = rng.normal(rng.uniform(15, 55), 10, (size, size, 3)).astype(np.float32)
+    shifts = rng.integers(0, CELL - GLYPH + 1, (len(cells), 2))
+    shades = rng.uniform(0.8, 1.0, len(cells))
+    for i, glyph in enumerate(cells):
+        if glyph is None:
+            continue
+        if glyph.kind in DIGITS:
+            images = _digit_masks(split)[glyph.kind]
+            mask = images[rng.integers(len(images))]
+        else:
+            mask = _shape_mask(glyph.kind)
+        top, left = (i // side) * CELL + shifts[i, 0], (i % side) * CELL + shifts[i, 1]
+        patch = canvas[top : top + GLYPH, left : left + GLYPH]
+        patch += mask[..., None] * (np.float32(shades[i]) * np.array(COLOURS[glyph.colour], np.float32) - patch)
+    return canvas.clip(0, 255).astype(np.uint8)
+
+
+def _draw(rng: np.random.Generator, kinds: Sequence[str] = KINDS, colours: Sequence[str] = tuple(COLOURS)) -> Glyph:
+    return Glyph(kinds[rng.integers(len(kinds))], colours[rng.integers(len(colours))])
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What stands in the 4 × 4 cells, and the picture of it (uint8 [64, 64, 3])."""
+
+    cells: tuple[Glyph | None, ...]
+    picture: np.ndarray
+
+
+def random_scene(rng: np.random.Generator, split: str, objects: tuple[int, int]) -> Scene:
+    """A scene with so many objects (lowest, highest); digits and shapes equally likely."""
+    count = rng.integers(objects[0], objects[1] + 1)
+    cells: list[Glyph | None] = [None] * len(CELLS)
+    for cell in rng.permutation(len(CELLS))[:count]:
+        cells[cell] = _draw(rng, DIGITS if rng.random() < 0.5 else SHAPES)
+    return Scene(tuple(cells), draw_cells(cells, SIDE, split, rng))
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its true answer; `task` names what it tests."""
+
+    task: str
+    text: str
+    answer: str
+
+
+def _name(glyph: Glyph | None) -> str:
+    return glyph.kind if glyph else "nothing"
+
+
+def _what_at(scene: Scene, rng: np.random.Generator) -> Question:
+    cell = _choose_cell(scene, rng)
+    return Question("what_at", f"what is at {CELLS[cell]} ?", _name(scene.cells[cell]))
+
+
+def _row_column(scene: Scene, rng: np.random.Generator) -> Question:
+    cell = _choose_cell(scene, rng)
+    text = f"what is in row {cell // SIDE + 1} column {cell % SIDE + 1} ?"
+    return Question("row_column", text, _name(scene.cells[cell]))
+
+
+def _colour_at(scene: Scene, rng: np.random.Generator) -> Question:
+    cell = rng.choice([i for i, glyph in enumerate(scene.cells) if glyph])
+    return Question("colour_at", f"what colour is at {CELLS[cell]} ?", scene.cells[cell].colour)
+
+
+def _where_is(scene: Scene, rng: np.random.Generator) -> Question | None:
+    unique = [i for i, glyph in enumerate(scene.cells) if glyph and scene.cells.count(glyph) == 1]
+    if not unique:
+        return None
+    cell = rng.choice(unique)
+    return Question("where_is", f"where is the {scene.cells[cell]} ?", CELLS[cell])
+
+
+def _choose_cell(scene: Scene, rng: np.random.Generator) -> int:
+    """A cell to ask about: an empty one in one of ten draws."""
+    empty = [i for i, glyph in enumerate(scene.cells) if glyph is None]
+    full = [i for i, glyph in enumerate(scene.cells) if glyph is not None]
+    return int(rng.choice(empty if empty and rng.random() < 0.1 else full))
+
+
+SCENE_QUESTIONS: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {
+    "what_at": _what_at,
+    "colour_at": _colour_at,
+    "where_is": _where_is,
+    "row_column": _row_column,
+}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames of 2 × 2 cells (uint8 [frames, 32, 32, 3]) and what each holds."""
+
+    cells: tuple[tuple[Glyph | None, ...], ...]
+    frames: np.ndarray
+
+
+def digit_clip(rng: np.random.Generator, split: str, frames: int, digits: int) -> Clip:
+    """A clip in which `digits` different digits, of different colours, each stay for some frames among shapes."""
+    cells = [[_draw(rng, SHAPES) if rng.random() < 0.5 else None for _ in range(4)] for _ in range(frames)]
+    kinds = rng.permutation(DIGITS)[:digits]
+    colours = rng.permutation(list(COLOURS))[:digits]
+    places = rng.permutation(4)[:digits]
+    for kind, colour, place in zip(kinds, colours, places, strict=True):
+        length = int(rng.integers(1, max(2, frames // 2 + 1)))
+        start = int(rng.integers(0, frames - length + 1))
+        for frame in range(start, start + length):
+            cells[frame][place] = Glyph(str(kind), str(colour))
+    return Clip(tuple(map(tuple, cells)), np.stack([draw_cells(c, 2, split, rng) for c in cells]))
+
+
+def needle_clip(rng: np.random.Generator, split: str, frames: int) -> Clip:
+    """A haystack of shapes with a digit in one frame, at any depth."""
+    cells = [[_draw(rng, SHAPES) if rng.random() < 0.5 else None for _ in range(4)] for _ in range(frames)]
+    cells[rng.integers(frames)][rng.integers(4)] = _draw(rng, DIGITS)
+    return Clip(tuple(map(tuple, cells)), np.stack([draw_cells(c, 2, split, rng) for c in cells]))
+
+
+def clip_digits(clip: Clip) -> dict[str, str]:
+    """The digits that appear in a clip, with their colours."""
+    return {g.kind: g.colour for frame in clip.cells for g in frame if g and g.kind in DIGITS}
+
+
+def clip_colour_questions(clip: Clip) -> list[Question]:
+    """For each digit of a clip, what colour it has."""
+    return [Question("clip_colour", f"what colour is the {d} ?", colour) for d, colour in clip_digits(clip).items()]
+
+
+def needle_questions(clip: Clip) -> list[Question]:
+    """Which digit the haystack holds, and its colour."""
+    ((digit, colour),) = clip_digits(clip).items()
+    return [
+        Question("needle", "which digit appears ?", digit),
+        Question("needle_colour", "what colour is the digit ?", colour),
+    ]
+
+
+def encode_mp4(frames: np.ndarray, scale: int = 8, fps: int = 8) -> bytes:
+    """Encodes frames (uint8 [frames, height, width, 3]) as H.264 in an mp4 file, each pixel `scale`² pixels large."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "18", "preset": "ultrafast", "threads": "1"})
+        stream.height, stream.width = frames.shape[1] * scale, frames.shape[2] * scale
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            large = np.ascontiguousarray(frame.repeat(scale, 0).repeat(scale, 1))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(large, format="rgb24")))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def _turns(questions: Sequence[Question], media_type: str) -> list[dict]:
+    """Questions about one medium as a conversation; the medium stands before the first."""
+    messages: list[dict] = []
+    for i, question in enumerate(questions):
+        content: list[dict] = [{"type": media_type}] if i == 0 else []
+        messages.append({"role": "user", "content": [*content, {"type": "text", "text": question.text}]})
+        messages.append({"role": "assistant", "content": question.answer})
+    return messages
+
+
+def grounded_caption(scene: Scene) -> str:
+    """Every object with its cell, in raster order."""
+    return " ; ".join(f"{CELLS[i]} {glyph}" for i, glyph in enumerate(scene.cells) if glyph) + " ."
+
+
+@dataclass(frozen=True)
+class GlyphSource:
+    """Documents of one kind: `document(index)` is the same for the same seed, split, kind and index.
+
+    Args:
+        kind: one of `KIND_BUILDERS`.
+        processor: for the chat template.
+        split: whose digit images are used.
+        seed: of everything that is drawn.
+        objects: lowest and highest number of objects in a scene.
+        turns: lowest and highest number of questions about a scene.
+        frames: lowest and highest number of frames in a clip.
+        images: lowest and highest number of images in an interleaved page.
+    """
+
+    kind: str
+    processor: ProcessorMixin
+    split: str = "train"
+    seed: int = 0
+    objects: tuple[int, int] = (4, 16)
+    turns: tuple[int, int] = (4, 12)
+    frames: tuple[int, int] = (2, 8)
+    images: tuple[int, int] = (2, 4)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KIND_BUILDERS:
+            raise ValueError(f"kind is {self.kind!r}; accepted: {', '.join(KIND_BUILDERS)}")
+        if self.split not in SPLITS:
+            raise ValueError(f"split is {self.split!r}; accepted: {', '.join(SPLITS)}")
+        if not 1 <= self.objects[0] <= self.objects[1] <= len(CELLS):
+            raise ValueError(f"objects is {self.objects}; accepted: lowest ≤ highest, from 1 to {len(CELLS)}")
+        for name in ("turns", "frames", "images"):
+            low, high = getattr(self, name)
+            if not 1 <= low <= high:
+                raise ValueError(f"{name} is {(low, high)}; accepted: lowest ≤ highest, from 1")
+
+    def rng(self, index: int) -> np.random.Generator:
+        kinds = list(KIND_BUILDERS)
+        return np.random.default_rng([self.seed, SPLITS.index(self.split), kinds.index(self.kind), index])
+
+    def document(self, index: int) -> Document:
+        """Document number `index` (from 0, endless)."""
+        return KIND_BUILDERS[self.kind](self, self.rng(index), f"glyphs/{self.kind}/{self.split}/{self.seed}/{index}")
+
+
+def _regions(source: GlyphSource, rng: np.random.Generator, key: str) -> Document:
+    """A scene and, cell by cell, what it holds: for the region-text objective."""
+    scene = random_scene(rng, source.split, source.objects)
+    texts = (Text(f"{cell} {glyph or 'nothing'}", loss=True) for cell, glyph in zip(CELLS, scene.cells, strict=True))
+    return Document(key, (Image(scene.picture), *texts))
+
+
+def _caption(source: GlyphSource, rng: np.random.Generator, key: str) -> Document:
+    scene = random_scene(rng, source.split, source.objects)
+    return Document(key, (Image(scene.picture), Text(grounded_caption(scene) + "<|end|>", loss=True)))
+
+
+def _interleaved(source: GlyphSource, rng: np.random.Generator, key: str) -> Document:
+    """A page of several images, each before its sentence; loss on all text."""
+    parts: list = []
+    scenes = [
+        random_scene(rng, source.split, source.objects)
+        for _ in range(rng.integers(source.images[0], source.images[1] + 1))
+    ]
+    for scene in scenes:
+        parts += [Image(scene.picture), Text(grounded_caption(scene), loss=True)]
+    return Document(key, (*parts, Text("<|end|>", loss=True)))
+
+
+def _scene_chat(source: GlyphSource, rng: np.random.Generator, key: str) -> Document:
+    scene = random_scene(rng, source.split, source.objects)
+    names = list(SCENE_QUESTIONS)
+    questions: list[Question] = []
+    turns = rng.integers(source.turns[0], source.turns[1] + 1)
+    while len(questions) < turns:
+        question = SCENE_QUESTIONS[names[rng.integers(len(names))]](scene, rng)
+        if question is not None:
+            questions.append(question)
+    return chat_document(key, _turns(questions, "image"), [Image(scene.picture)], source.processor)
+
+
+def _clip_chat(source: GlyphSource, rng: np.random.Generator, key: str) -> Document:
+    frames = int(rng.integers(source.frames[0], source.frames[1] + 1))
+    clip = digit_clip(rng, source.split, frames, digits=int(rng.integers(1, 4)))
+    questions = clip_colour_questions(clip)
+    return chat_document(key, _turns(questions, "video"), [Video(clip.frames)], source.processor)
+
+
+def _needle_chat(source: GlyphSource, rng: np.random.Generator, key: str) -> Document:
+    frames = int(rng.integers(source.frames[0], source.frames[1] + 1))
+    clip = needle_clip(rng, source.split, frames)
+    questions = [needle_questions(clip)[i] for i in rng.permutation(2)]
+    return chat_document(key, _turns(questions, "video"), [Video(clip.frames)], source.processor)
+
+
+KIND_BUILDERS: dict[str, Callable[[GlyphSource, np.random.Generator, str], Document]] = {
+    "regions": _regions,
+    "captions": _caption,
+    "interleaved": _interleaved,
+    "scene_chat": _scene_chat,
+    "clip_chat": _clip_chat,
+    "needle_chat": _needle_chat,
+}

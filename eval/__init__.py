@@ -1,0 +1,1 @@
+"""Evaluation: lmms-eval, needle, quality and speed."""

@@ -1,0 +1,307 @@
+"""The model: vision tower → projector → causal LLM.
+
+Image and frame features replace their placeholder tokens in the LLM's input (LLaVA, arXiv 2304.08485; VILA,
+arXiv 2312.07533). The tower is any transformers vision model, the LLM any transformers causal LM.
+"""
+
+import inspect
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+
+from .config import FoveateConfig
+from .processor import add_media_tokens
+from .projector import Projector
+
+# Inputs that only the first forward of a generation takes: afterwards their tokens are in the KV cache.
+MEDIA_INPUTS = ("pixel_values", "pixel_values_videos", "image_features", "video_features")
+
+
+class FoveatePreTrainedModel(PreTrainedModel):
+    config_class = FoveateConfig
+    config: FoveateConfig
+    base_model_prefix = ""
+    input_modalities = ("image", "video", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = "past_key_values"
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+
+class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
+    """Answers with text to interleaved text, images and video.
+
+    `vision_tower`, `multi_modal_projector` and `language_model` (a complete causal LM with its head) are the parts.
+    """
+
+    def __init__(self, config: FoveateConfig):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = _projector(config)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.post_init()
+
+    @classmethod
+    def from_parts(
+        cls, vision: str | PathLike, text: str | PathLike, projector: str = "downsample-2x2", **options: Any
+    ) -> "FoveateForConditionalGeneration":
+        """Joins a pretrained tower and a pretrained LLM by a new projector.
+
+        The media tokens are added to the LLM's vocabulary and its embeddings resized. The processor that fits is
+        `FoveateProcessor.from_parts(vision, text, model.config)`.
+
+        Args:
+            vision: name or directory of a vision tower, or of a model that has one (CLIP, SigLIP).
+            text: name or directory of a causal LLM with its tokenizer.
+            projector: see `FoveateConfig`.
+            **options: fields of `FoveateConfig` (`vision_feature_layer`, …); of `from_pretrained` (`dtype`,
+                `attn_implementation`, `revision`, …) all that are not such fields, used for both parts.
+        """
+        config_fields = set(inspect.signature(FoveateConfig.__init__).parameters) - {"self", "kwargs"}
+        config_options = {k: options.pop(k) for k in list(options) if k in config_fields}
+        tower = AutoModel.from_pretrained(vision, config=tower_config(vision), **options)
+        llm = AutoModelForCausalLM.from_pretrained(text, **options)
+        tokenizer = AutoTokenizer.from_pretrained(text)
+        image_token_id, video_token_id = add_media_tokens(tokenizer)
+        if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
+            llm.resize_token_embeddings(len(tokenizer))
+        config = FoveateConfig(
+            vision_config=tower.config,
+            text_config=llm.config,
+            projector=projector,
+            image_token_id=image_token_id,
+            video_token_id=video_token_id,
+            **config_options,
+        )
+        with torch.device("meta"):
+            model = cls(config)
+        model.vision_tower, model.language_model = tower, llm
+        model.multi_modal_projector = _projector(config).to(llm.dtype)
+        model.multi_modal_projector.apply(model._init_weights)
+        model.generation_config = llm.generation_config
+        return model.eval()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        embeddings = self.language_model.resize_token_embeddings(*args, **kwargs)
+        self.config.text_config.vocab_size = self.language_model.config.vocab_size
+        return embeddings
+
+    def _tower_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """Runs the tower: [tiles, 3, height, width] to ([tiles, tokens, C], grid in patches)."""
+        config = self.config.vision_config
+        patch, layer = config.patch_size, self.config.vision_feature_layer
+        tiles, _, height, width = pixel_values.shape
+        grid = (height // patch, width // patch)
+        inputs: dict[str, Any] = {"pixel_values": pixel_values.to(self.vision_tower.dtype)}
+        if config.model_type == "siglip2_vision_model":  # takes flattened patches and each image's grid
+            inputs["pixel_values"] = patchify(inputs["pixel_values"], patch)
+            inputs["spatial_shapes"] = torch.tensor([grid], device=pixel_values.device).expand(tiles, 2)
+            inputs["pixel_attention_mask"] = pixel_values.new_ones(tiles, grid[0] * grid[1], dtype=torch.long)
+        elif (height, width) != _image_size(config) and "interpolate_pos_encoding" in _forward_names(self.vision_tower):
+            inputs["interpolate_pos_encoding"] = True
+        outputs = self.vision_tower(**inputs, output_hidden_states=layer is not None)
+        features = outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
+        if self.config.vision_feature_select_strategy == "default":
+            features = features[:, features.shape[1] - grid[0] * grid[1] :]
+        return features, grid
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Runs tower and projector.
+
+        Args:
+            pixel_values: images [images, 3, height, width], or frames in the same form.
+
+        Returns:
+            `last_hidden_state`: the tower's features [images, tower tokens, C]; `pooler_output`: what the LLM reads,
+            [images, tokens, D].
+        """
+        if pixel_values.ndim != 4:
+            raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}; accepted: [images, 3, height, width]")
+        features, grid = self._tower_features(pixel_values)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=features, pooler_output=self.multi_modal_projector(features, grid)
+        )
+
+    def get_video_features(self, pixel_values_videos: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Runs tower and projector on frames [frames of all videos, 3, height, width]; see `get_image_features`."""
+        return self.get_image_features(pixel_values_videos)
+
+    def _scatter(
+        self, embeds: torch.Tensor, input_ids: torch.Tensor, kind: str, token_id: int | None, features: torch.Tensor
+    ) -> torch.Tensor:
+        """Puts `features` [tokens, D] where `input_ids` holds `token_id`."""
+        mask = input_ids == token_id
+        placeholders = int(mask.sum())
+        if placeholders != features.shape[0]:
+            raise ValueError(
+                f"the text holds {placeholders} {kind} placeholder tokens (id {token_id}) but the {kind} inputs give "
+                f"{features.shape[0]} features; both numbers must be equal (was the prompt truncated?)"
+            )
+        return embeds.masked_scatter(mask.unsqueeze(-1), features.to(embeds))
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        image_features: torch.FloatTensor | None = None,
+        video_features: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """One pass of the model.
+
+        Args:
+            input_ids: [batch, tokens], media placeholders expanded by the processor.
+            attention_mask: [batch, tokens], 0 at padding; None together with restarting `position_ids` means packed
+                rows, whose documents don't see each other.
+            position_ids: [batch, tokens].
+            past_key_values: KV cache of the tokens before `input_ids`.
+            inputs_embeds: instead of `input_ids` [batch, tokens, D]; media must then be scattered already.
+            pixel_values: all images of the batch in order, [images, 3, height, width].
+            pixel_values_videos: all frames of all videos in order, [frames, 3, height, width].
+            image_features, video_features: instead of the two above, what `get_image_features` gave,
+                [tokens, D].
+            labels: [batch, tokens], -100 where no loss falls; shifted inside, as in transformers.
+            logits_to_keep: as in transformers.
+
+        Raises:
+            ValueError: the number of placeholders and of features differ.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        if pixel_values is not None:
+            image_features = self.get_image_features(pixel_values).pooler_output.flatten(0, 1)
+        if pixel_values_videos is not None:
+            video_features = self.get_video_features(pixel_values_videos).pooler_output.flatten(0, 1)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            if image_features is not None:
+                inputs_embeds = self._scatter(
+                    inputs_embeds, input_ids, "image", self.config.image_token_id, image_features
+                )
+            if video_features is not None:
+                inputs_embeds = self._scatter(
+                    inputs_embeds, input_ids, "video", self.config.video_token_id, video_features
+                )
+        elif image_features is not None or video_features is not None:
+            raise ValueError("media inputs need input_ids, whose placeholders say where they belong")
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.LongTensor, is_first_iteration: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in MEDIA_INPUTS:
+                inputs.pop(name, None)
+        return inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+        """Beams and several returned sequences: media are encoded once, then repeated row by row."""
+        media: dict[str, torch.Tensor] = {}
+        if expand_size > 1:
+            media = {k: v for k in MEDIA_INPUTS if (v := model_kwargs.pop(k, None)) is not None}
+            if "pixel_values" in media:
+                media["image_features"] = self.get_image_features(media.pop("pixel_values")).pooler_output.flatten(0, 1)
+            if "pixel_values_videos" in media:
+                frames = media.pop("pixel_values_videos")
+                media["video_features"] = self.get_video_features(frames).pooler_output.flatten(0, 1)
+            for name, token_id in (
+                ("image_features", self.config.image_token_id),
+                ("video_features", self.config.video_token_id),
+            ):
+                if name in media:
+                    counts = (input_ids == token_id).sum(1).tolist()
+                    if sum(counts) != len(media[name]):
+                        raise ValueError(
+                            f"the text holds {sum(counts)} placeholder tokens (id {token_id}) but {name} has "
+                            f"{len(media[name])}; both numbers must be equal"
+                        )
+                    rows = media[name].split(counts)
+                    media[name] = torch.cat([row for row in rows for _ in range(expand_size)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, model_kwargs | media
+
+
+def _projector(config: FoveateConfig) -> Projector:
+    return Projector(config.projector, config.vision_config.hidden_size, config.text_config.hidden_size)
+
+
+def _forward_names(module: nn.Module) -> set[str]:
+    return set(inspect.signature(module.forward).parameters)
+
+
+def _image_size(config: PreTrainedConfig) -> tuple[int, int]:
+    size = config.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def patchify(pixel_values: torch.Tensor, patch: int) -> torch.Tensor:
+    """Cuts [tiles, 3, height, width] into patches in raster order, [tiles, patches, patch·patch·3]."""
+    tiles, channels, height, width = pixel_values.shape
+    rows, columns = height // patch, width // patch
+    cut = pixel_values[:, :, : rows * patch, : columns * patch].reshape(tiles, channels, rows, patch, columns, patch)
+    return cut.permute(0, 2, 4, 3, 5, 1).reshape(tiles, rows * columns, patch * patch * channels)
+
+
+def tower_config(vision: str | PathLike) -> PreTrainedConfig:
+    """The tower's configuration at a name or directory, also where it is a part of CLIP's or SigLIP's."""
+    config = AutoConfig.from_pretrained(vision)
+    config = getattr(config, "vision_config", config)
+    if hasattr(config, "vision_use_head"):
+        config.vision_use_head = False  # the pooling head is not used, so it need not be built or trained
+    return config
