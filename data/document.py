@@ -7,10 +7,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image as PILImage
-from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..vlm.media import Video as DecodedVideo
+from ..vlm.processor import FoveateProcessor
 
 ImageSource: TypeAlias = str | PathLike | bytes | PILImage.Image | np.ndarray
 VideoSource: TypeAlias = str | PathLike | bytes | np.ndarray | Sequence[PILImage.Image | np.ndarray] | DecodedVideo
@@ -50,7 +50,9 @@ class Document:
     parts: tuple[Part, ...]
 
 
-def chat_document(key: str, messages: list[dict[str, Any]], media: Iterable[Image | Video], processor: ProcessorMixin):
+def chat_document(
+    key: str, messages: list[dict[str, Any]], media: Iterable[Image | Video], processor: FoveateProcessor
+) -> Document:
     """A conversation as a document, rendered by the processor's chat template.
 
     Args:
@@ -61,31 +63,32 @@ def chat_document(key: str, messages: list[dict[str, Any]], media: Iterable[Imag
         processor: its template marks the assistant's words by `{% generation %}`; loss falls on them alone.
 
     Raises:
-        ValueError: the template marks no assistant's words, or the numbers of placeholders and media differ.
+        ValueError: the template marks no assistant's words, or placeholders and media differ in number or kind.
     """
-    rendered, spans = render_jinja_template(
+    rendered: Any  # annotated as a string, but it is ([text], [[(start, end) of the assistant's words]])
+    rendered = render_jinja_template(
         conversations=[messages],
-        chat_template=processor.chat_template,
+        chat_template=str(processor.chat_template),
         return_assistant_tokens_mask=True,
         **processor.tokenizer.special_tokens_map,
     )
-    text, answers = rendered[0], spans[0]
+    (text,), (answers,) = rendered
     if not answers and any(message["role"] == "assistant" for message in messages):
         raise ValueError(f"{key}: the chat template marks no assistant text; accepted: one with {{% generation %}}")
     parts: list[Part] = []
     queue = list(media)
     position = 0
     for start, end in answers:
-        parts += _split(text[position:start], False, queue, processor)
-        parts += _split(text[start:end], True, queue, processor)
+        parts += _split(key, text[position:start], False, queue, processor)
+        parts += _split(key, text[start:end], True, queue, processor)
         position = end
-    parts += _split(text[position:], False, queue, processor)
+    parts += _split(key, text[position:], False, queue, processor)
     if queue:
         raise ValueError(f"{key}: {len(queue)} media more than placeholders in the messages; both must be equal")
     return Document(key, tuple(parts))
 
 
-def _split(text: str, loss: bool, queue: list[Image | Video], processor: ProcessorMixin) -> list[Part]:
+def _split(key: str, text: str, loss: bool, queue: list[Image | Video], processor: FoveateProcessor) -> list[Part]:
     """Cuts a run of text at media placeholders, whose media are taken from the queue."""
     parts: list[Part] = []
     while text:
@@ -96,7 +99,10 @@ def _split(text: str, loss: bool, queue: list[Image | Video], processor: Process
         if at:
             parts.append(Text(text[:at], loss))
         if not queue:
-            raise ValueError(f"the messages hold a {token} more than there are media; both numbers must be equal")
-        parts.append(queue.pop(0))
+            raise ValueError(f"{key}: the messages hold more placeholders than media; both numbers must be equal")
+        medium = queue.pop(0)
+        if isinstance(medium, Image) != (token == processor.image_token):
+            raise ValueError(f"{key}: a medium is of type {type(medium).__name__}, but its placeholder is {token}")
+        parts.append(medium)
         text = text[at + len(token) :]
     return parts

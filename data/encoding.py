@@ -1,13 +1,17 @@
 """A document to a sample: token ids, labels, and the pixels of its media."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image as PILImage
 
-from ..vlm.media import MediaLimits, load_image, load_video
+from ..vlm.media import MediaError, MediaLimits, load_image, load_video
+from ..vlm.media import Video as DecodedVideo
 from ..vlm.processor import FoveateProcessor
 from ..vlm.tiling import to_tiles
-from .document import Document, Image, Text
+from .document import Document, Image, Text, Video
 
 IGNORE = -100
 
@@ -37,12 +41,14 @@ def encode(document: Document, processor: FoveateProcessor, limits: MediaLimits 
     """Tokenizes a document as one text, its media placeholders expanded.
 
     Raises:
-        MediaError: a medium can't be read.
-        ValueError: the document has no text, or its text holds a media placeholder of its own.
+        MediaError: a medium can't be read; the message begins with the document's key.
+        ValueError: the document has no tokens, or its text holds a media placeholder of its own.
     """
     limits = limits or MediaLimits()
-    text, spans = "", []  # characters on which loss falls
-    images, frames = [], []
+    text = ""
+    spans: list[tuple[int, int]] = []  # characters on which loss falls
+    images: list[PILImage.Image] = []
+    frames: list[np.ndarray] = []
     for part in document.parts:
         if isinstance(part, Text):
             if processor.image_token in part.text or processor.video_token in part.text:
@@ -51,21 +57,18 @@ def encode(document: Document, processor: FoveateProcessor, limits: MediaLimits 
                 spans.append((len(text), len(text) + len(part.text)))
             text += part.text
         elif isinstance(part, Image):
-            image = part.source if isinstance(part.source, np.ndarray) else load_image(part.source, limits)
-            images.append(image)
+            with _naming(document.key):
+                images.append(load_image(part.source, limits))
             text += processor.image_text()
         else:
-            source = part.source
-            if not (isinstance(source, np.ndarray) and source.ndim == 4):
-                count = part.num_frames or (processor.num_frames if not isinstance(source, list | tuple) else None)
-                clip = load_video(source, num_frames=count, backend=processor.video_backend, limits=limits)
-                source = clip.frames
-            frames.extend(source)
-            text += processor.video_text(len(source))
-    if not text:
-        raise ValueError(f"{document.key}: the document is empty; accepted: at least one part with text or media")
+            with _naming(document.key):
+                clip = _frames(part, processor, limits)
+            frames.extend(clip)
+            text += processor.video_text(len(clip))
     encoded = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     input_ids = np.asarray(encoded["input_ids"], dtype=np.int64)
+    if not len(input_ids):
+        raise ValueError(f"{document.key}: the document is empty; accepted: at least one part with text or media")
     offsets = np.asarray(encoded["offset_mapping"], dtype=np.int64)
     labels = np.full_like(input_ids, IGNORE)
     for start, end in spans:
@@ -79,3 +82,25 @@ def encode(document: Document, processor: FoveateProcessor, limits: MediaLimits 
         to_tiles(images, processor.image_size, processor.resample),
         to_tiles(frames, processor.video_size, processor.resample),
     )
+
+
+def _frames(video: Video, processor: FoveateProcessor, limits: MediaLimits) -> np.ndarray:
+    """The frames to read, uint8 [frames, height, width, 3]: files are sampled, frames given as such all kept."""
+    source, count = video.source, video.num_frames
+    if isinstance(source, DecodedVideo):
+        return source.frames
+    if count is None:
+        if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape[3:] == (3,) and len(source):
+            return source
+        if not isinstance(source, np.ndarray | list | tuple):
+            count = processor.num_frames
+    size = processor.video_size if processor.resample == PILImage.Resampling.BICUBIC else None  # as in the processor
+    return load_video(source, num_frames=count, size=size, backend=processor.video_backend, limits=limits).frames
+
+
+@contextmanager
+def _naming(key: str) -> Iterator[None]:
+    try:
+        yield
+    except MediaError as error:
+        raise MediaError(f"{key}: {error}") from error

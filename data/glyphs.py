@@ -16,9 +16,9 @@ from PIL import Image as PILImage
 from PIL import ImageDraw
 from sklearn.datasets import load_digits
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, ProcessorMixin
+from transformers import PreTrainedTokenizerFast
 
-from ..vlm.processor import CONTENT_MACRO
+from ..vlm.processor import CONTENT_MACRO, FoveateProcessor
 from .document import Document, Image, Text, Video, chat_document
 
 SPLITS = ("train", "dev", "test")
@@ -41,7 +41,7 @@ CELLS = tuple(f"{column}{row}" for row in range(1, SIDE + 1) for column in "abcd
 WORDS = (
     *KINDS, *COLOURS, *CELLS, "nothing", "what", "is", "at", "colour", "where", "the", "in", "row", "column",
     "which", "digit", "appears", "does", "have", "?", ".", ";", ",", "a", "scene", "clip", "has", "and", "image",
-    "then", "picture", "of", "it", "there",
+    "then", "picture", "of", "it", "there", "1", "2", "3", "4",
 )  # fmt: skip
 
 CHAT_TEMPLATE = (
@@ -153,7 +153,7 @@ def draw_cells(cells: Sequence[Glyph | None], side: int, split: str, rng: np.ran
 
 
 def _draw(rng: np.random.Generator, kinds: Sequence[str] = KINDS, colours: Sequence[str] = tuple(COLOURS)) -> Glyph:
-    return Glyph(kinds[rng.integers(len(kinds))], colours[rng.integers(len(colours))])
+    return Glyph(kinds[int(rng.integers(len(kinds)))], colours[int(rng.integers(len(colours)))])
 
 
 @dataclass(frozen=True)
@@ -175,39 +175,60 @@ def random_scene(rng: np.random.Generator, split: str, objects: tuple[int, int])
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its true answer; `task` names what it tests."""
+    """A question with its true answer.
+
+    Answers say first what they are about ("b3 red 7"), so that a model of few layers has one look-up a word to learn.
+
+    Args:
+        task: what it tests.
+        text: the question.
+        subject: what the answer is about, as the question names it; nothing where it names nothing.
+        fact: what only the picture tells.
+        cell: of a scene, that it is about.
+    """
 
     task: str
     text: str
-    answer: str
+    subject: str
+    fact: str
+    cell: int | None = None
+
+    @property
+    def answer(self) -> str:
+        return f"{self.subject} {self.fact}".strip()
 
 
 def _name(glyph: Glyph | None) -> str:
-    return glyph.kind if glyph else "nothing"
+    return str(glyph) if glyph else "nothing"
 
 
 def _what_at(scene: Scene, rng: np.random.Generator) -> Question:
     cell = _choose_cell(scene, rng)
-    return Question("what_at", f"what is at {CELLS[cell]} ?", _name(scene.cells[cell]))
+    return Question("what_at", f"what is at {CELLS[cell]} ?", CELLS[cell], _name(scene.cells[cell]), cell)
 
 
 def _row_column(scene: Scene, rng: np.random.Generator) -> Question:
     cell = _choose_cell(scene, rng)
-    text = f"what is in row {cell // SIDE + 1} column {cell % SIDE + 1} ?"
-    return Question("row_column", text, _name(scene.cells[cell]))
+    place = _row_and_column(cell)
+    return Question("row_column", f"what is in {place} ?", place, _name(scene.cells[cell]), cell)
 
 
 def _colour_at(scene: Scene, rng: np.random.Generator) -> Question:
-    cell = rng.choice([i for i, glyph in enumerate(scene.cells) if glyph])
-    return Question("colour_at", f"what colour is at {CELLS[cell]} ?", scene.cells[cell].colour)
+    cell = int(rng.choice([i for i, glyph in enumerate(scene.cells) if glyph]))
+    return Question("colour_at", f"what colour is at {CELLS[cell]} ?", CELLS[cell], scene.cells[cell].colour, cell)
 
 
 def _where_is(scene: Scene, rng: np.random.Generator) -> Question | None:
     unique = [i for i, glyph in enumerate(scene.cells) if glyph and scene.cells.count(glyph) == 1]
     if not unique:
         return None
-    cell = rng.choice(unique)
-    return Question("where_is", f"where is the {scene.cells[cell]} ?", CELLS[cell])
+    cell = int(rng.choice(unique))
+    glyph = scene.cells[cell]
+    return Question("where_is", f"where is the {glyph} ?", f"{glyph} at", CELLS[cell], cell)
+
+
+def _row_and_column(cell: int) -> str:
+    return f"row {cell // SIDE + 1} column {cell % SIDE + 1}"
 
 
 def _choose_cell(scene: Scene, rng: np.random.Generator) -> int:
@@ -261,15 +282,15 @@ def clip_digits(clip: Clip) -> dict[str, str]:
 
 def clip_colour_questions(clip: Clip) -> list[Question]:
     """For each digit of a clip, what colour it has."""
-    return [Question("clip_colour", f"what colour is the {d} ?", colour) for d, colour in clip_digits(clip).items()]
+    return [Question("clip_colour", f"what colour is the {d} ?", d, colour) for d, colour in clip_digits(clip).items()]
 
 
 def needle_questions(clip: Clip) -> list[Question]:
     """Which digit the haystack holds, and its colour."""
     ((digit, colour),) = clip_digits(clip).items()
     return [
-        Question("needle", "which digit appears ?", digit),
-        Question("needle_colour", "what colour is the digit ?", colour),
+        Question("needle", "which digit appears ?", "", digit),
+        Question("needle_colour", "what colour is the digit ?", "", f"{digit} {colour}"),
     ]
 
 
@@ -297,9 +318,29 @@ def _turns(questions: Sequence[Question], media_type: str) -> list[dict]:
     return messages
 
 
-def grounded_caption(scene: Scene) -> str:
-    """Every object with its cell, in raster order."""
-    return " ; ".join(f"{CELLS[i]} {glyph}" for i, glyph in enumerate(scene.cells) if glyph) + " ."
+def grounded_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """Every object with its place, in random order, in one of three wordings.
+
+    The order is random so that a place can't be told from the one before: each word about an object has to be read
+    off the picture at the place that is named.
+    """
+    wording = rng.integers(3)
+    phrases = []
+    for i in rng.permutation([i for i, glyph in enumerate(scene.cells) if glyph]):
+        place, glyph = CELLS[i], scene.cells[i]
+        phrases.append((f"{place} {glyph}", f"{glyph} at {place}", f"{_row_and_column(i)} {glyph}")[wording])
+    return " ; ".join(phrases) + " ."
+
+
+def check_ranges(
+    objects: tuple[int, int], turns: tuple[int, int], frames: tuple[int, int], images: tuple[int, int]
+) -> None:
+    """Raises ValueError where a range of `GlyphSource` can't be drawn from."""
+    if not 1 <= objects[0] <= objects[1] <= len(CELLS):
+        raise ValueError(f"objects is {objects}; accepted: lowest ≤ highest, from 1 to {len(CELLS)}")
+    for name, (low, high) in (("turns", turns), ("frames", frames), ("images", images)):
+        if not 1 <= low <= high:
+            raise ValueError(f"{name} is {(low, high)}; accepted: lowest ≤ highest, from 1")
 
 
 @dataclass(frozen=True)
@@ -318,7 +359,7 @@ class GlyphSource:
     """
 
     kind: str
-    processor: ProcessorMixin
+    processor: FoveateProcessor
     split: str = "train"
     seed: int = 0
     objects: tuple[int, int] = (4, 16)
@@ -331,12 +372,7 @@ class GlyphSource:
             raise ValueError(f"kind is {self.kind!r}; accepted: {', '.join(KIND_BUILDERS)}")
         if self.split not in SPLITS:
             raise ValueError(f"split is {self.split!r}; accepted: {', '.join(SPLITS)}")
-        if not 1 <= self.objects[0] <= self.objects[1] <= len(CELLS):
-            raise ValueError(f"objects is {self.objects}; accepted: lowest ≤ highest, from 1 to {len(CELLS)}")
-        for name in ("turns", "frames", "images"):
-            low, high = getattr(self, name)
-            if not 1 <= low <= high:
-                raise ValueError(f"{name} is {(low, high)}; accepted: lowest ≤ highest, from 1")
+        check_ranges(self.objects, self.turns, self.frames, self.images)
 
     def rng(self, index: int) -> np.random.Generator:
         kinds = list(KIND_BUILDERS)
@@ -356,7 +392,7 @@ def _regions(source: GlyphSource, rng: np.random.Generator, key: str) -> Documen
 
 def _caption(source: GlyphSource, rng: np.random.Generator, key: str) -> Document:
     scene = random_scene(rng, source.split, source.objects)
-    return Document(key, (Image(scene.picture), Text(grounded_caption(scene) + "<|end|>", loss=True)))
+    return Document(key, (Image(scene.picture), Text(grounded_caption(scene, rng) + "<|end|>", loss=True)))
 
 
 def _interleaved(source: GlyphSource, rng: np.random.Generator, key: str) -> Document:
@@ -367,25 +403,26 @@ def _interleaved(source: GlyphSource, rng: np.random.Generator, key: str) -> Doc
         for _ in range(rng.integers(source.images[0], source.images[1] + 1))
     ]
     for scene in scenes:
-        parts += [Image(scene.picture), Text(grounded_caption(scene), loss=True)]
+        parts += [Image(scene.picture), Text(grounded_caption(scene, rng), loss=True)]
     return Document(key, (*parts, Text("<|end|>", loss=True)))
 
 
 def _scene_chat(source: GlyphSource, rng: np.random.Generator, key: str) -> Document:
+    """Questions about cells that differ: an answer never stands in the conversation already."""
     scene = random_scene(rng, source.split, source.objects)
     names = list(SCENE_QUESTIONS)
-    questions: list[Question] = []
-    turns = rng.integers(source.turns[0], source.turns[1] + 1)
-    while len(questions) < turns:
+    turns = int(rng.integers(source.turns[0], source.turns[1] + 1))
+    questions: dict[int | None, Question] = {}
+    for _ in range(4 * turns):
         question = SCENE_QUESTIONS[names[rng.integers(len(names))]](scene, rng)
-        if question is not None:
-            questions.append(question)
-    return chat_document(key, _turns(questions, "image"), [Image(scene.picture)], source.processor)
+        if question is not None and len(questions) < turns:
+            questions.setdefault(question.cell, question)
+    return chat_document(key, _turns(list(questions.values()), "image"), [Image(scene.picture)], source.processor)
 
 
 def _clip_chat(source: GlyphSource, rng: np.random.Generator, key: str) -> Document:
     frames = int(rng.integers(source.frames[0], source.frames[1] + 1))
-    clip = digit_clip(rng, source.split, frames, digits=int(rng.integers(1, 4)))
+    clip = digit_clip(rng, source.split, frames, digits=int(rng.integers(1, 5)))
     questions = clip_colour_questions(clip)
     return chat_document(key, _turns(questions, "video"), [Video(clip.frames)], source.processor)
 

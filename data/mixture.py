@@ -1,5 +1,6 @@
 """Several sources as one, in given proportions, the same for the same seed."""
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -27,7 +28,7 @@ class Mixture:
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float], processor: FoveateProcessor, seed: int):
-        if len(sources) != len(weights) or not sources or min(weights) <= 0:
+        if len(sources) != len(weights) or not sources or not all(0 < weight < math.inf for weight in weights):
             raise ValueError(f"weights are {list(weights)} for {len(sources)} sources; accepted: a positive one each")
         self.sources, self.processor, self.seed = list(sources), processor, seed
         self.edges = np.cumsum(weights) / np.sum(weights)

@@ -123,5 +123,3 @@ def collate(rows: Sequence[Sequence[Sample]], processor: FoveateProcessor) -> Ba
         if tiles:
             inputs[name] = normalise(np.concatenate(tiles), processor.image_mean, processor.image_std)
     return Batch(inputs, tuple(s.key for s in samples), sum(len(s.input_ids) for s in samples))
-
-

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -23,20 +24,30 @@ class CheckpointError(RuntimeError):
     """A checkpoint can't be written, or none that is whole is there."""
 
 
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict, keep: int) -> Path:
-    """Writes `step-<step>` in `folder` and removes all but the newest `keep`.
+def save_checkpoint(
+    folder: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict, keep: int
+) -> Path:
+    """Writes `step-<step>` in `folder`, then removes all but the newest `keep`.
+
+    Later steps are removed too: a resumed run comes to an earlier one only if they were not whole.
 
     Args:
         tensors: file stem to its tensors (`weights`, `optimizer`, …).
         state: what JSON can hold: positions, counters.
+
+    Raises:
+        CheckpointError: it can't be written; earlier checkpoints are untouched.
     """
     target = folder / f"step-{step:08d}"
     aside = folder / f".writing-{target.name}"
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        for left in folder.glob(".writing-*"):
+            shutil.rmtree(left)
         aside.mkdir(parents=True)
         for stem, named in tensors.items():
-            save_file({k: v.detach().cpu().contiguous().clone() for k, v in named.items()}, aside / f"{stem}.safetensors")
+            save_file(
+                {k: v.detach().cpu().contiguous().clone() for k, v in named.items()}, aside / f"{stem}.safetensors"
+            )
         (aside / "state.json").write_text(json.dumps(state))
         files = sorted(aside.iterdir())
         manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
@@ -46,11 +57,13 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, torch.
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
         _flush(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(f"{target}: can't be written: {error}; earlier checkpoints are untouched") from error
-    for old in _steps(folder)[:-keep]:
-        shutil.rmtree(old)
+    kept = [path for path in _steps(folder) if path.name <= target.name][-keep:]
+    for path in _steps(folder):
+        if path not in kept:
+            shutil.rmtree(path)
     return target
 
 
@@ -67,7 +80,8 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dic
     """
     if not _is_whole(path):
         raise CheckpointError(f"{path}: not whole (a file is missing or differs from manifest.json)")
-    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    files = [path / name for name in json.loads((path / "manifest.json").read_text())]
+    tensors = {file.stem: load_file(file) for file in files if file.suffix == ".safetensors"}
     return tensors, json.loads((path / "state.json").read_text())
 
 
@@ -83,6 +97,20 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
         number, name = key.split(".", 1)
         state.setdefault(int(number), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def rng_tensors() -> dict[str, torch.Tensor]:
+    """The states of torch's random number generators (dropout draws from them)."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def load_rng_tensors(states: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def weight_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -117,7 +145,7 @@ def _steps(folder: Path) -> list[Path]:
 def _is_whole(path: Path) -> bool:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        return all(
+        return "state.json" in manifest and all(
             (path / name).stat().st_size == entry["bytes"] and _sha256(path / name) == entry["sha256"]
             for name, entry in manifest.items()
         )

@@ -10,7 +10,7 @@ from torch import nn
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient is not finite; the optimiser has not stepped. The message names the batch's documents."""
+    """A loss or gradient is not finite; the optimiser has not stepped. The message names the documents."""
 
 
 def resolve_precision(precision: Literal["auto", "bf16", "fp32"], device: torch.device) -> Literal["bf16", "fp32"]:
@@ -49,31 +49,34 @@ class PlainEngine:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def step(self, losses: Sequence[Callable[[], torch.Tensor]], keys: Sequence[str]) -> tuple[float, float]:
+    def step(self, losses: Sequence[Callable[[], torch.Tensor]], keys: Sequence[Sequence[str]]) -> tuple[float, float]:
         """Adds up the micro-batches' losses, clips, checks, steps.
 
         Args:
             losses: one call a micro-batch that gives its share of the loss, already divided by the whole batch's
                 valid tokens.
-            keys: the documents of the batch, for the error.
+            keys: each micro-batch's documents, for the error.
 
         Returns:
             The loss and the gradients' norm before clipping.
 
         Raises:
-            NonFiniteError: before the optimiser steps.
+            NonFiniteError: before the optimiser steps; a loss names its micro-batch's documents, a gradient all.
         """
         total = 0.0
-        for loss_of in losses:
+        for loss_of, micro_keys in zip(losses, keys, strict=True):
             with self.autocast():
                 loss = loss_of()
+            self._check("loss", loss.item(), micro_keys)
             loss.backward()
             total += loss.item()
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
-        if not (math.isfinite(total) and math.isfinite(norm)):
-            self.optimizer.zero_grad(set_to_none=True)
-            shown = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
-            raise NonFiniteError(f"loss is {total} and gradient norm {norm}; stopped before the step on: {shown}")
+        self._check("gradient norm", norm, [key for micro_keys in keys for key in micro_keys])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return total, norm
+
+    def _check(self, what: str, value: float, keys: Sequence[str]) -> None:
+        if not math.isfinite(value):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteError(f"{what} is {value}; stopped before the step on: {', '.join(keys)}")

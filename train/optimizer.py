@@ -5,21 +5,24 @@ import math
 import torch
 from torch import nn
 
+from ..vlm.model import FoveateForConditionalGeneration
 from .recipe import StageRecipe
 
 
-def part_modules(model: nn.Module) -> dict[str, nn.Module]:
+def part_modules(model: FoveateForConditionalGeneration) -> dict[str, nn.Module]:
     """The parts that a recipe's learning rates name."""
     return {"tower": model.vision_tower, "projector": model.multi_modal_projector, "llm": model.language_model}
 
 
-def set_trainable(model: nn.Module, stage: StageRecipe) -> None:
+def set_trainable(model: FoveateForConditionalGeneration, stage: StageRecipe) -> None:
     """Freezes every part that the stage gives no learning rate."""
     for part, module in part_modules(model).items():
         module.requires_grad_(part in stage.learning_rates)
 
 
-def make_optimizer(model: nn.Module, stage: StageRecipe, head: nn.Module | None = None) -> torch.optim.AdamW:
+def make_optimizer(
+    model: FoveateForConditionalGeneration, stage: StageRecipe, head: nn.Module | None = None
+) -> torch.optim.AdamW:
     """AdamW over the stage's parts; weight decay falls on matrices alone, not on norms, biases and scales.
 
     Args:

@@ -1,5 +1,6 @@
 """Recipes: what is trained, on what, in which stages. Typed, from YAML, validated whole before anything is loaded."""
 
+import copy
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -8,11 +9,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from ..data.glyphs import KIND_BUILDERS, SPLITS
+from ..data.glyphs import KIND_BUILDERS, SPLITS, check_ranges
 from ..vlm.projector import PROJECTORS
 
 PARTS = ("tower", "projector", "llm")
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class RecipeError(ValueError):
@@ -20,7 +22,7 @@ class RecipeError(ValueError):
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelRecipe(_Strict):
@@ -29,6 +31,7 @@ class ModelRecipe(_Strict):
     path: str | None = None  # a Foveate checkpoint
     vision: str | dict[str, Any] | None = None  # name or directory, or a configuration (random weights)
     text: str | dict[str, Any] | None = None
+    embedding_scale: PositiveFloat = 1.0  # from scratch: the LLM's input embeddings start so many times larger
     projector: Literal[tuple(PROJECTORS)] = "downsample-2x2"  # type: ignore[valid-type]
     vision_feature_layer: int | None = -2
     attn_implementation: str | None = None  # transformers' name; None is its default, sdpa
@@ -42,6 +45,8 @@ class ModelRecipe(_Strict):
             raise ValueError("accepted: path alone, or vision and text")
         if isinstance(self.vision, dict) != isinstance(self.text, dict):
             raise ValueError("vision and text must both be names, or both be configurations for random weights")
+        if self.embedding_scale != 1 and not isinstance(self.text, dict):
+            raise ValueError(f"embedding_scale is {self.embedding_scale}, but pretrained weights are not scaled")
         return self
 
 
@@ -56,6 +61,11 @@ class GlyphData(_Strict):
     turns: tuple[int, int] = (4, 12)
     frames: tuple[int, int] = (2, 8)
     images: tuple[int, int] = (2, 4)
+
+    @model_validator(mode="after")
+    def _ranges(self) -> "GlyphData":
+        check_ranges(self.objects, self.turns, self.frames, self.images)
+        return self
 
 
 class BatchRecipe(_Strict):
@@ -80,7 +90,7 @@ class StageRecipe(_Strict):
     warmup_steps: int = Field(default=0, ge=0)
     final_fraction: Fraction = 0.0  # of the learning rate at the end of the cosine
     weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
     max_grad_norm: PositiveFloat = 1.0
     rope_theta: PositiveFloat | None = None  # of the LLM, from this stage on
 
@@ -94,10 +104,16 @@ class StageRecipe(_Strict):
         if self.objective == "region_text":
             if not all(regions):
                 raise ValueError("objective region_text needs data of kind regions alone")
-            if set(self.learning_rates) != {"tower"}:
-                raise ValueError("objective region_text trains the tower alone; accepted learning_rates: tower")
-            if self.batch.accumulation != 1:
-                raise ValueError("objective region_text contrasts a whole batch; accepted accumulation: 1")
+            if "llm" in self.learning_rates:
+                raise ValueError(
+                    "objective region_text does not run the LLM; accepted learning_rates: tower, projector"
+                )
+            unused = sorted(self.batch.model_fields_set - {"rows"})
+            if unused:
+                raise ValueError(
+                    f"batch.{unused[0]} has no effect on objective region_text, which contrasts a whole batch of "
+                    "documents; accepted: rows alone"
+                )
         elif any(regions):
             raise ValueError("data of kind regions fits objective region_text alone")
         return self
@@ -123,7 +139,6 @@ class Recipe(_Strict):
     seed: int = Field(default=0, ge=0)
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device computes in it
     threads: PositiveInt | None = None  # CPU threads; None leaves torch's own choice
-    loader_workers: int = Field(default=0, ge=0, le=1)
     model: ModelRecipe
     tracking: TrackingRecipe = TrackingRecipe()
     checkpoint: CheckpointRecipe = CheckpointRecipe()
@@ -157,7 +172,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"{recipe}: not YAML: {error}") from error
+        raise RecipeError(f"{recipe}: not YAML: {_one_line(error)}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{recipe}: holds a {type(content).__name__}; accepted: a mapping with name, model, stages")
     for override in overrides:
@@ -172,7 +187,9 @@ def _read(recipe: str | Path) -> str:
     path = Path(recipe)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise RecipeError(f"{recipe}: no such file; accepted: a YAML file, or one of {', '.join(shipped_recipes())}")
+            raise RecipeError(
+                f"{recipe}: no such file; accepted: a YAML file, or one of {', '.join(shipped_recipes())}"
+            )
         return path.read_text()
     if str(recipe) not in shipped_recipes():
         raise RecipeError(
@@ -189,27 +206,32 @@ def _override(content: dict, override: str) -> None:
     try:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from error
-    *path, last = key.split(".")
+        raise RecipeError(f"override {override!r}: the value is not YAML: {_one_line(error)}") from error
     node: Any = content
-    for i, step in enumerate([*path, last]):
+    path = key.split(".")
+    for i, name in enumerate(path):
+        step: str | int = name
         if isinstance(node, list):
             names = [item.get("name") if isinstance(item, dict) else None for item in node]
-            if step in names:
-                step = names.index(step)  # type: ignore[assignment]
-            elif step.isdigit() and int(step) < len(node):
-                step = int(step)  # type: ignore[assignment]
+            if name in names:
+                step = names.index(name)
+            elif name.isdigit() and int(name) < len(node):
+                step = int(name)
             else:
-                known = ", ".join(name for name in names if name) or f"0 to {len(node) - 1}"
-                raise RecipeError(f"override {override!r}: no entry {step!r}; accepted: {known}")
+                known = ", ".join(filter(None, names)) or f"0 to {len(node) - 1}"
+                raise RecipeError(f"override {override!r}: no entry {name!r}; accepted: {known}")
         elif not isinstance(node, dict):
-            raise RecipeError(f"override {override!r}: {'.'.join(key.split('.')[:i])} is a value, not a mapping")
-        if i == len(path):
+            raise RecipeError(f"override {override!r}: {'.'.join(path[:i])} is a value, not a mapping")
+        if i == len(path) - 1:
             node[step] = parsed
-        elif isinstance(node, dict):
-            node = node.setdefault(step, {})
-        else:
-            node = node[step]
+            return
+        child = node.get(step, {}) if isinstance(node, dict) else node[step]
+        node[step] = copy.copy(child)  # a YAML alias makes several places share one mapping
+        node = node[step]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _readable(error: ValidationError) -> str:

@@ -1,6 +1,7 @@
 """What a stage optimises, and the batches it does that on."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -10,9 +11,9 @@ from ..data.document import Image, Text
 from ..data.glyphs import GlyphSource
 from ..data.mixture import Mixture
 from ..data.packing import Batch, Packer, collate
+from ..vlm.media import load_image
 from ..vlm.model import FoveateForConditionalGeneration
 from ..vlm.processor import FoveateProcessor
-from ..vlm.projector import space_to_depth
 from .recipe import StageRecipe
 
 
@@ -53,7 +54,9 @@ class RegionBatches:
     def next(self) -> Batch:
         documents = [self.mixture.document(self.next_index + i) for i in range(self.documents)]
         self.next_index += self.documents
-        images = [part.source for document in documents for part in document.parts if isinstance(part, Image)]
+        images = [
+            load_image(part.source) for document in documents for part in document.parts if isinstance(part, Image)
+        ]
         texts = [part.text for document in documents for part in document.parts if isinstance(part, Text)]
         unique = sorted(set(texts))
         number = {text: i for i, text in enumerate(unique)}
@@ -65,7 +68,7 @@ class RegionBatches:
             "text_mask": encoded["attention_mask"],
         }
         keys = tuple(document.key for document in documents)
-        return Batch(inputs | {"input_ids": encoded["input_ids"]}, keys, len(texts))
+        return Batch(inputs | {"input_ids": encoded["input_ids"]}, keys, int(encoded["attention_mask"].sum()))
 
     def state_dict(self) -> dict:
         return {"next_index": self.next_index}
@@ -75,48 +78,42 @@ class RegionBatches:
 
 
 class RegionText(nn.Module):
-    """Sigmoid contrast between image regions and texts that describe them, SigLIP's loss (arXiv 2303.15343, section
-    3.2) on regions. It warms up a tower that starts from random weights, in the place of a pretrained tower, and is
-    thrown away after its stage.
-
-    Args:
-        vision_dim: channels of the tower's features.
-        vocabulary: of the text tokens.
-        patches: side of a region in patches.
-        dim: of the common space.
+    """Sigmoid contrast between image regions and texts that describe them: SigLIP's loss (arXiv 2303.15343, section
+    3.2) with a region in the place of an image. A region is a projected token, a text the sum of its words' input
+    embeddings. It warms up a tower and projector that start from random weights, in the place of a pretrained tower;
+    its own two parameters are thrown away after the stage.
     """
 
-    def __init__(self, vision_dim: int, vocabulary: int, patches: int, dim: int = 128):
+    def __init__(self) -> None:
         super().__init__()
-        self.patches = patches
-        self.region = nn.Linear(patches * patches * vision_dim, dim)
-        self.words = nn.Embedding(vocabulary, dim)
         self.log_scale = nn.Parameter(torch.tensor(2.3))
         self.bias = nn.Parameter(torch.tensor(-6.0))
 
-    def forward(self, features: torch.Tensor, grid: tuple[int, int], inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def forward(self, regions: torch.Tensor, texts: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The loss, a mean over regions of the sum over texts.
 
         Args:
-            features: the tower's, [images, patches, C].
-            grid: of the patches.
-            inputs: a batch of `RegionBatches`.
+            regions: [regions, D].
+            texts: [texts, D].
+            labels: number of the text that describes each region, [regions].
+
+        Raises:
+            ValueError: the numbers of regions and labels differ.
         """
-        regions = self.region(space_to_depth(features.unflatten(1, grid), self.patches)).flatten(0, 2)
-        mask = inputs["text_mask"].unsqueeze(-1)
-        texts = (self.words(inputs["text_ids"]) * mask).sum(1)  # [texts, dim]
+        if len(regions) != len(labels):
+            raise ValueError(
+                f"the images have {len(regions)} tokens but {len(labels)} regions are described; both numbers must be "
+                "equal: a token for each region"
+            )
         cosine = nn.functional.normalize(regions.float(), dim=-1) @ nn.functional.normalize(texts.float(), dim=-1).T
         logits = cosine * self.log_scale.exp() + self.bias  # [regions, texts]
-        match = nn.functional.one_hot(inputs["labels"], len(texts)).to(logits.dtype)
+        match = nn.functional.one_hot(labels, len(texts)).to(logits.dtype)
         return nn.functional.binary_cross_entropy_with_logits(logits, match, reduction="sum") / len(regions)
 
 
-def make_head(stage: StageRecipe, model: FoveateForConditionalGeneration, processor: FoveateProcessor) -> nn.Module | None:
+def make_head(stage: StageRecipe) -> nn.Module | None:
     """The objective's own parameters, where it has any."""
-    if stage.objective == "next_token":
-        return None
-    config = model.config
-    return RegionText(config.vision_config.hidden_size, config.text_config.vocab_size, config.downsample_factor)
+    return RegionText() if stage.objective == "region_text" else None
 
 
 def make_batches(stage: StageRecipe, processor: FoveateProcessor, seed: int) -> Batches:
@@ -151,9 +148,11 @@ def make_losses(
 
     def region_text(batch: Batch) -> torch.Tensor:
         inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-        return head(*model._tower_features(inputs["pixel_values"]), inputs)
+        features = model.get_image_features(inputs["pixel_values"]).pooler_output
+        assert features is not None and head is not None
+        regions = features.flatten(0, 1)
+        words = model.get_input_embeddings()(inputs["text_ids"]) * inputs["text_mask"].unsqueeze(-1)
+        return head(regions, words.sum(1), inputs["labels"])
 
     loss_of = next_token if stage.objective == "next_token" else region_text
-    return [lambda batch=batch: loss_of(batch) for batch in batches]
-
-
+    return [partial(loss_of, batch) for batch in batches]

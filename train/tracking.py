@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import wandb
 
@@ -19,11 +19,13 @@ class Tracker:
     """
 
     def __init__(self, folder: Path, recipe: Recipe, resume_step: int = 0):
-        self.path = folder / "metrics.jsonl"
+        path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(folder) if line["step"] <= resume_step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.file = self.path.open("a", buffering=1)
-        self.run = None
+        aside = path.with_suffix(".writing")  # so that a kill here loses no line
+        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        aside.replace(path)
+        self.file = path.open("a", buffering=1)
+        self.run: wandb.Run | None = None
         if recipe.tracking.wandb != "disabled":
             self.run = wandb.init(
                 project=recipe.tracking.project,
@@ -40,10 +42,13 @@ class Tracker:
         if self.run:
             self.run.log(metrics, step=metrics["step"])
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, failure: object, *_: object) -> None:
         self.file.close()
         if self.run:
-            self.run.finish()
+            self.run.finish(exit_code=1 if failure else 0)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

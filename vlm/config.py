@@ -30,7 +30,7 @@ class FoveateConfig(PreTrainedConfig):
     """
 
     model_type = "foveate"
-    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012 (transformers' own form)
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
     def __init__(
         self,
@@ -59,7 +59,11 @@ class FoveateConfig(PreTrainedConfig):
                 "on its grid; accepted with it: 'default'"
             )
         layers = getattr(self.vision_config, "num_hidden_layers", None)
-        if vision_feature_layer is not None and layers is not None and not -layers - 1 <= vision_feature_layer <= layers:
+        if (
+            vision_feature_layer is not None
+            and layers is not None
+            and not -layers - 1 <= vision_feature_layer <= layers
+        ):
             raise ValueError(
                 f"vision_feature_layer is {vision_feature_layer}; this tower of {layers} layers accepts "
                 f"{-layers - 1} to {layers}, or None for its final output"
@@ -71,7 +75,8 @@ class FoveateConfig(PreTrainedConfig):
         self.video_token_id = video_token_id
         if tie_word_embeddings is None:
             tie_word_embeddings = getattr(self.text_config, "tie_word_embeddings", False)
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        self.tie_word_embeddings = tie_word_embeddings
+        super().__init__(**kwargs)
 
     @property
     def downsample_factor(self) -> int:
@@ -86,6 +91,8 @@ def _sub_config(field: str, value: dict | PreTrainedConfig | None, default_type:
         return value
     if isinstance(value, dict):
         if "model_type" not in value:
-            raise ValueError(f"{field} has no model_type; accepted: a configuration or a dict that names its model_type")
+            raise ValueError(
+                f"{field} has no model_type; accepted: a configuration or a dict that names its model_type"
+            )
         return AutoConfig.for_model(**value)
     raise ValueError(f"{field} is a {type(value).__name__}; accepted: a transformers configuration or a dict")

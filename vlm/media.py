@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain, count
+from itertools import chain
 from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -32,8 +32,13 @@ VideoSource = Source | np.ndarray | Sequence[ImageSource]
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # Playlists (hls, dash, concat) are absent because they open other files; raw streams, because they have no timestamps.
 VIDEO_CONTAINERS = ("avi", "asf", "flv", "gif", "matroska", "mov", "mpeg", "mpegts", "ogg")
+SEEKABLE_CONTAINERS = ("flv", "matroska", "mov", "mpegts")  # in others, such as MPEG-PS, a seek changes the pts
+DECORD_CONTAINERS = (
+    "matroska",
+    "mov",
+)  # decord 0.6 hangs on some MPEG-TS, and seeks to wrong frames in AVI and MPEG-PS
 SEEK_PACKETS = 16  # a seek flushes the decoder: it pays only where it skips at least this many packets
-CLOCK_SLACK_S = 1e-6  # containers round timestamps to their clock
+CLOCK_SLACK_S = 5e-4  # Matroska rounds timestamps to milliseconds
 
 
 class MediaError(ValueError):
@@ -235,7 +240,7 @@ def sample_indices(
 
     With num_frames: `linspace(0, n - 1, num_frames)`, rounded, so first and last frame are included; every frame once
     where there are no more than num_frames. With fps: the last frame at or before each multiple of 1/fps from the first
-    timestamp to the last; where that's more than max_frames, max_frames uniformly as above.
+    timestamp to the last, give or take CLOCK_SLACK_S; where that's more than max_frames, max_frames uniformly as above.
 
     Args:
         timestamps_s: ascending float64 [frames].
@@ -262,8 +267,9 @@ def sample_indices(
 
 
 class _Packet(NamedTuple):
-    pts: int | None
+    pts: Any  # int or None
     dts: int | None
+    place: int | None  # in the file
     ticks: int  # duration
     is_keyframe: bool
     is_shown: bool
@@ -273,7 +279,7 @@ class _VideoFile:
     """A demuxed video: which frames it presents and when, and how to decode some of them.
 
     `keys` [frames] int64 identify decoded frames, in the order of `times_s`: by their pts, or by their number where
-    `by_number`: AVI stores no pts, and those that FFmpeg makes up are wrong where the codec reorders.
+    `by_number`: pts are absent or not unique, or made up by FFmpeg as in AVI.
     """
 
     def __init__(self, handle: BinaryIO, name: str, limits: MediaLimits):
@@ -286,31 +292,31 @@ class _VideoFile:
         self.lost = 0  # packets that the index announces and the file doesn't hold
         self.packets: list[_Packet] = []  # in decode order
         with self._opened() as (container, stream):
-            self.container, tick_s, fps = (
-                container.format.name,
-                float(stream.time_base),
-                float(stream.average_rate or 0),
-            )
+            self.container, tick_s, rate = container.format.name, stream.time_base, stream.average_rate
             size, codec = (stream.width, stream.height), stream.codec_context.name
             frame = self._scan(container, stream)
         self.matrix = _display_matrix(frame)
 
         first = next((packet for packet in self.packets if packet.is_keyframe), self.packets[0])
         shown = [packet for packet in self.packets[self.packets.index(first) :] if packet.is_shown]
-        self.by_number = self.container == "avi" or any(packet.pts is None for packet in shown)
+        pts = [packet.pts for packet in shown]
+        self.by_number = self.container == "avi" or None in pts or len(set(pts)) < len(pts)
         if self.by_number:
+            clock = [packet.dts if packet.dts is not None else order for order, packet in enumerate(shown)]
+            ticks = sorted(clock)
+            if ticks != clock:
+                raise MediaError(f"{name}: its timestamps jump back, as in files joined without remuxing")
             self.keys = np.arange(len(shown))
-            ticks = sorted(packet.dts if packet.dts is not None else i for i, packet in enumerate(shown))
         else:  # frames displayed before the first keyframe refer to pictures that aren't there
-            shown = sorted({packet.pts: packet for packet in shown if packet.pts >= first.pts}.values())  # type: ignore
-            ticks = [packet.pts for packet in shown]  # type: ignore[misc]
+            shown = sorted((packet for packet in shown if packet.pts >= first.pts), key=lambda packet: packet.pts)
+            ticks = [packet.pts for packet in shown]
             self.keys = np.array(ticks, np.int64)
         if not shown:
             raise MediaError(f"{name}: the video stream has no presentable frame")
-        self.times_s = (np.array(ticks) - ticks[0]) * tick_s
-        if self.times_s[-1] > 0:
-            fps = (len(shown) - 1) / float(self.times_s[-1])
-        duration_s = float(self.times_s[-1]) + (shown[-1].ticks * tick_s or (1 / fps if fps else 0.0))
+        self.times_s = (np.array(ticks) - ticks[0]) * tick_s.numerator / tick_s.denominator
+        span_s = (ticks[-1] - ticks[0]) * tick_s  # a Fraction
+        rate = (len(shown) - 1) / span_s if span_s else rate
+        duration_s, fps = float(span_s + (shown[-1].ticks * tick_s or (1 / rate if rate else 0))), float(rate or 0)
         width, height = size if self.matrix[0] else size[::-1]
         self.info = VideoInfo(width, height, len(shown), duration_s, fps, frame.rotation % 360, codec)
 
@@ -339,8 +345,8 @@ class _VideoFile:
         for packet in self._demux(container, stream):
             if packet is not None:
                 hidden = packet.is_discard or (codec.name == "vp8" and not memoryview(packet)[0] & 0x10)
-                ticks = packet.duration or 0
-                self.packets.append(_Packet(packet.pts, packet.dts, ticks, packet.is_keyframe, not hidden))
+                facts = packet.pts, packet.dts, packet.pos, packet.duration or 0, packet.is_keyframe, not hidden
+                self.packets.append(_Packet(*facts))
                 if packet.is_corrupt:
                     self.damaged.add(packet.pts)
             if frame is None:
@@ -371,7 +377,8 @@ class _VideoFile:
     def decode(self, keys: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """(key, frame) of each frame that decodes intact: by seeking, then what that left out in one pass."""
         wanted = set(keys)
-        for read in (self._by_seeking, self._sequentially)[self.by_number :]:
+        seekable = self.container.startswith(SEEKABLE_CONTAINERS) and not self.by_number
+        for read in (self._by_seeking, self._sequentially) if seekable else (self._sequentially,):
             if wanted:
                 with self._opened() as (container, stream):
                     for key, frame in read(container, stream, sorted(wanted)):
@@ -380,18 +387,26 @@ class _VideoFile:
                             yield key, frame
 
     def _sequentially(self, container: Any, stream: Any, keys: list[int]) -> Iterator[tuple[int, Any]]:
-        number, left, known = count(), set(keys), len(self.damaged)
+        number, left = 0, set(keys)
         for packet in self._demux(container, stream):
             for frame in self._decode(stream, packet):
-                key = next(number) if self.by_number else frame.pts
+                key = number if self.by_number else frame.pts
+                number += 1
                 left.discard(key)
                 yield key, frame
-            if not left or (self.by_number and len(self.damaged) > known):  # after a loss, numbers mean nothing
+            if not left and not self.by_number:
                 return
+        if self.by_number and number != len(self.keys):
+            raise MediaError(
+                f"{self.name}: {number} of {len(self.keys)} frames decode, and without pts it's open which"
+            )
 
     def _by_seeking(self, container: Any, stream: Any, keys: list[int]) -> Iterator[tuple[int, Any]]:
-        """Decodes from the keyframe before each pts. Seeks go forward only, so each packet is read once at most."""
-        order_of = {packet.pts: order for order, packet in enumerate(self.packets)}
+        """From the keyframe before each pts. Seeks only go forward, so each packet is read once at most.
+
+        Stops where the demuxer gives other packets than it gave to the scan.
+        """
+        order_of = {(packet.pts, packet.place): order for order, packet in enumerate(self.packets)}
         starts = sorted((p.pts, order) for order, p in enumerate(self.packets) if p.is_keyframe and p.pts is not None)
 
         def keyframe_before(pts: int) -> int:
@@ -403,12 +418,14 @@ class _VideoFile:
             for timestamp in (pending[0], self.packets[start].dts):  # demuxers seek by one or the other
                 packets = self._seek(container, stream, timestamp)
                 first = next(packets, None)
-                if first is not None and reached < order_of.get(first.pts, len(order_of)) <= start:
+                landed = order_of.get((first.pts, first.pos), -1) if first is not None else -1
+                if reached < landed <= start:
                     break
             else:
                 return
-            for packet in chain([first], packets):
-                reached = order_of.get(packet and packet.pts, reached)
+            for reached, packet in enumerate(chain([first], packets), landed):
+                if packet is not None and order_of.get((packet.pts, packet.pos)) != reached:
+                    return
                 for frame in self._decode(stream, packet):
                     yield frame.pts, frame
                     while pending and frame.pts is not None and pending[0] <= frame.pts:
@@ -577,8 +594,8 @@ def _decord_frames(video: _VideoFile, chosen: np.ndarray, size: tuple[int, int] 
         import decord
     except ImportError as error:
         raise ImportError("backend='decord' needs decord: pip install decord") from error
-    if video.container == "mpegts":
-        reason = "can hang on MPEG-TS"
+    if not video.container.startswith(DECORD_CONTAINERS):
+        reason = f"can hang on {video.container}, or return other frames"
     elif video.damaged or video.lost:
         reason = "can hang on a damaged file"
     elif video.matrix != (1, 0, 0, 1):

@@ -34,9 +34,9 @@ class FoveatePreTrainedModel(PreTrainedModel):
     config_class = FoveateConfig
     config: FoveateConfig
     base_model_prefix = ""
-    input_modalities = ("image", "video", "text")
+    input_modalities = ["image", "video", "text"]
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = "past_key_values"
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -74,11 +74,19 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         """
         config_fields = set(inspect.signature(FoveateConfig.__init__).parameters) - {"self", "kwargs"}
         config_options = {k: options.pop(k) for k in list(options) if k in config_fields}
-        tower = AutoModel.from_pretrained(vision, config=tower_config(vision), **options)
-        llm = AutoModelForCausalLM.from_pretrained(text, **options)
-        tokenizer = AutoTokenizer.from_pretrained(text)
+        attention = options.pop("attn_implementation", None)
+        of_part = attention.get if isinstance(attention, dict) else lambda part: attention
+        source = {k: options[k] for k in ("cache_dir", "local_files_only", "revision", "token") if k in options}
+        tower = AutoModel.from_pretrained(
+            vision,
+            config=tower_config(vision, **source),
+            attn_implementation=of_part("vision_config"),
+            **options,
+        )
+        llm = AutoModelForCausalLM.from_pretrained(text, attn_implementation=of_part("text_config"), **options)
+        tokenizer = AutoTokenizer.from_pretrained(text, **source)
         image_token_id, video_token_id = add_media_tokens(tokenizer)
-        if len(tokenizer) > llm.get_input_embeddings().num_embeddings:
+        if len(tokenizer) > llm.config.vocab_size:
             llm.resize_token_embeddings(len(tokenizer))
         config = FoveateConfig(
             vision_config=tower.config,
@@ -88,6 +96,8 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
             video_token_id=video_token_id,
             **config_options,
         )
+        if attention is not None:
+            config._attn_implementation = attention
         with torch.device("meta"):
             model = cls(config)
         model.vision_tower, model.language_model = tower, llm
@@ -131,6 +141,11 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
             inputs["interpolate_pos_encoding"] = True
         outputs = self.vision_tower(**inputs, output_hidden_states=layer is not None)
         features = outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
+        if features.ndim != 3 or len(features) != tiles or features.shape[1] < grid[0] * grid[1]:
+            raise ValueError(
+                f"vision tower {config.model_type!r} gave {tuple(features.shape)} for {tiles} images of "
+                f"{grid[0]}x{grid[1]} patches; accepted: towers that give [images, tokens, channels], one token a patch"
+            )
         if self.config.vision_feature_select_strategy == "default":
             features = features[:, features.shape[1] - grid[0] * grid[1] :]
         return features, grid
@@ -146,7 +161,9 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
             [images, tokens, D].
         """
         if pixel_values.ndim != 4:
-            raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}; accepted: [images, 3, height, width]")
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}; accepted: [images, 3, height, width]"
+            )
         features, grid = self._tower_features(pixel_values)
         return BaseModelOutputWithPooling(
             last_hidden_state=features, pooler_output=self.multi_modal_projector(features, grid)
@@ -156,31 +173,39 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         """Runs tower and projector on frames [frames of all videos, 3, height, width]; see `get_image_features`."""
         return self.get_image_features(pixel_values_videos)
 
-    def _scatter(
-        self, embeds: torch.Tensor, input_ids: torch.Tensor, kind: str, token_id: int | None, features: torch.Tensor
-    ) -> torch.Tensor:
-        """Puts `features` [tokens, D] where `input_ids` holds `token_id`."""
-        mask = input_ids == token_id
-        placeholders = int(mask.sum())
-        if placeholders != features.shape[0]:
+    def _placeholders(self, input_ids: torch.Tensor, kind: str) -> torch.Tensor:
+        """Where `input_ids` [batch, tokens] hold the placeholder of a kind of media, bool of that shape."""
+        token_id = getattr(self.config, f"{kind}_token_id")
+        return torch.zeros_like(input_ids, dtype=torch.bool) if token_id is None else input_ids == token_id
+
+    def _check_count(self, placeholders: int, features: int, kind: str) -> None:
+        if placeholders != features:
+            token_id = getattr(self.config, f"{kind}_token_id")
             raise ValueError(
                 f"the text holds {placeholders} {kind} placeholder tokens (id {token_id}) but the {kind} inputs give "
-                f"{features.shape[0]} features; both numbers must be equal (was the prompt truncated?)"
+                f"{features} features; both numbers must be equal (was the prompt truncated?)"
             )
-        return embeds.masked_scatter(mask.unsqueeze(-1), features.to(embeds))
+
+    def _scatter(
+        self, embeds: torch.Tensor, input_ids: torch.Tensor, kind: str, features: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Puts `features` [tokens, D] where `input_ids` holds the placeholder of their kind."""
+        mask = self._placeholders(input_ids, kind)
+        self._check_count(int(mask.sum()), 0 if features is None else len(features), kind)
+        return embeds if features is None else embeds.masked_scatter(mask.unsqueeze(-1), features.to(embeds))
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        pixel_values_videos: torch.FloatTensor | None = None,
-        image_features: torch.FloatTensor | None = None,
-        video_features: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        video_features: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
@@ -207,19 +232,15 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         if pixel_values is not None:
-            image_features = self.get_image_features(pixel_values).pooler_output.flatten(0, 1)
+            image_features = _tokens(self.get_image_features(pixel_values))
         if pixel_values_videos is not None:
-            video_features = self.get_video_features(pixel_values_videos).pooler_output.flatten(0, 1)
-        if inputs_embeds is None:
+            video_features = _tokens(self.get_video_features(pixel_values_videos))
+        if input_ids is not None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-            if image_features is not None:
-                inputs_embeds = self._scatter(
-                    inputs_embeds, input_ids, "image", self.config.image_token_id, image_features
-                )
-            if video_features is not None:
-                inputs_embeds = self._scatter(
-                    inputs_embeds, input_ids, "video", self.config.video_token_id, video_features
-                )
+            decoding = past_key_values is not None and past_key_values.get_seq_length() > 0
+            for kind, features in (("image", image_features), ("video", video_features)):
+                if features is not None or not decoding:
+                    inputs_embeds = self._scatter(inputs_embeds, input_ids, kind, features)
         elif image_features is not None or video_features is not None:
             raise ValueError("media inputs need input_ids, whose placeholders say where they belong")
         return self.language_model(
@@ -234,44 +255,58 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.LongTensor, is_first_iteration: bool = False, **kwargs: Any
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        parent: Any = super()  # transformers annotates `self` with a class that no model inherits
+        inputs = parent.prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
         if not is_first_iteration and kwargs.get("use_cache", True):
             for name in MEDIA_INPUTS:
                 inputs.pop(name, None)
+            media = [name for name in MEDIA_INPUTS if kwargs.get(name) is not None]
+            is_first_chunk = past_key_values is not None and past_key_values.get_seq_length() == 0
+            if media and is_first_chunk:
+                raise ValueError(f"prefill_chunk_size was given together with {media}; accepted with media: None")
         return inputs
 
     def _expand_inputs_for_generation(
         self,
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         **model_kwargs: Any,
-    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+    ) -> tuple[Any, dict[str, Any]]:
         """Beams and several returned sequences: media are encoded once, then repeated row by row."""
         media: dict[str, torch.Tensor] = {}
-        if expand_size > 1:
+        if expand_size > 1 and input_ids is not None:
             media = {k: v for k in MEDIA_INPUTS if (v := model_kwargs.pop(k, None)) is not None}
             if "pixel_values" in media:
-                media["image_features"] = self.get_image_features(media.pop("pixel_values")).pooler_output.flatten(0, 1)
+                media["image_features"] = _tokens(self.get_image_features(media.pop("pixel_values")))
             if "pixel_values_videos" in media:
-                frames = media.pop("pixel_values_videos")
-                media["video_features"] = self.get_video_features(frames).pooler_output.flatten(0, 1)
-            for name, token_id in (
-                ("image_features", self.config.image_token_id),
-                ("video_features", self.config.video_token_id),
-            ):
-                if name in media:
-                    counts = (input_ids == token_id).sum(1).tolist()
-                    if sum(counts) != len(media[name]):
-                        raise ValueError(
-                            f"the text holds {sum(counts)} placeholder tokens (id {token_id}) but {name} has "
-                            f"{len(media[name])}; both numbers must be equal"
-                        )
-                    rows = media[name].split(counts)
-                    media[name] = torch.cat([row for row in rows for _ in range(expand_size)])
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+                media["video_features"] = _tokens(self.get_video_features(media.pop("pixel_values_videos")))
+            for kind in ("image", "video"):
+                if (features := media.get(f"{kind}_features")) is not None:
+                    counts = self._placeholders(input_ids, kind).sum(1).tolist()
+                    self._check_count(sum(counts), len(features), kind)
+                    media[f"{kind}_features"] = torch.cat(
+                        [row for row in features.split(counts) for _ in range(expand_size)]
+                    )
+        parent: Any = super()  # as above
+        input_ids, model_kwargs = parent._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         return input_ids, model_kwargs | media
@@ -279,6 +314,12 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
 
 def _projector(config: FoveateConfig) -> Projector:
     return Projector(config.projector, config.vision_config.hidden_size, config.text_config.hidden_size)
+
+
+def _tokens(outputs: BaseModelOutputWithPooling) -> torch.Tensor:
+    """What the LLM reads of all images, [tokens, D]."""
+    assert outputs.pooler_output is not None
+    return outputs.pooler_output.flatten(0, 1)
 
 
 def _forward_names(module: nn.Module) -> set[str]:
@@ -298,9 +339,9 @@ def patchify(pixel_values: torch.Tensor, patch: int) -> torch.Tensor:
     return cut.permute(0, 2, 4, 3, 5, 1).reshape(tiles, rows * columns, patch * patch * channels)
 
 
-def tower_config(vision: str | PathLike) -> PreTrainedConfig:
+def tower_config(vision: str | PathLike, **source: Any) -> PreTrainedConfig:
     """The tower's configuration at a name or directory, also where it is a part of CLIP's or SigLIP's."""
-    config = AutoConfig.from_pretrained(vision)
+    config = AutoConfig.from_pretrained(vision, **source)
     config = getattr(config, "vision_config", config)
     if hasattr(config, "vision_use_head"):
         config.vision_use_head = False  # the pooling head is not used, so it need not be built or trained

@@ -44,6 +44,7 @@ class Projector(nn.Module):
         super().__init__()
         self.r = PROJECTORS[name]
         c, d = vision_dim, text_dim
+        layers: list[nn.Module]
         if name == "linear":
             layers = [nn.Linear(c, d)]
         elif name == "mlp2x":

@@ -1,0 +1,241 @@
+"""The command `foveate`: each subcommand calls one function."""
+
+import json
+import os
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from .vlm.model import FoveateForConditionalGeneration
+    from .vlm.processor import FoveateProcessor
+
+app = typer.Typer(
+    name="foveate",
+    help="Train vision-language models, and run them with fewer visual tokens and a smaller KV cache.",
+    epilog="Every command takes --debug, which shows the traceback of an error.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+UsageError: Any = typer.BadParameter.__base__  # click's own, of which newer typers carry a copy
+STOPPED = 130  # the exit code that typer turns Ctrl-C into
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="Directory or Hugging Face name of a Foveate model.", metavar="MODEL")
+]
+
+
+class ExportFormat(StrEnum):
+    code = "code"
+    stock = "stock"
+
+
+class EvalTask(StrEnum):
+    glyphs = "glyphs"
+
+
+class Split(StrEnum):
+    train = "train"
+    dev = "dev"
+    test = "test"
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Folder for everything that the run writes.")] = Path("runs/quickstart"),
+) -> None:
+    """Train the tiny model on the embedded data, evaluate it, export it, and question a real mp4 file."""
+    from .train.quickstart import run_quickstart
+
+    run_quickstart(out, Console())
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str, typer.Argument(help="Name of a shipped recipe (quickstart), or path of a YAML file.", metavar="RECIPE")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes, for example stages.align.steps=10.", metavar="[KEY=VALUE]...")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/ and the recipe's name.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in --out.")] = False,
+) -> None:
+    """Train a recipe's stages; checkpoints and metrics go to --out, the model to its folder `model`."""
+    from .train.loop import train as run
+    from .train.recipe import load_recipe
+
+    console = Console()
+    loaded = load_recipe(recipe, overrides or [])
+    folder = out or Path("runs") / loaded.name
+    run(loaded, folder, resume=resume, console=console)
+    console.print(f"model in {folder / 'model'}")
+
+
+@app.command()
+def ask(
+    model: ModelArgument,
+    media_and_question: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Image and video files, then the question; without one, a prompt opens.",
+            metavar="[MEDIA]... [QUESTION]",
+        ),
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="Frames to take of each video. Default: the model's own.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
+    as_json: Annotated[bool, typer.Option("--json", help="Print answer, tokens and seconds as JSON.")] = False,
+) -> None:
+    """Answer a question about images and videos; without a question, answer several about the same media."""
+    paths, question = _split_question(media_and_question or [])
+    if as_json and question is None:
+        raise typer.BadParameter("--json needs a question")
+    from .vlm.chat import Chat, load_media
+
+    began = time.perf_counter()
+    loaded, processor = _load(model)
+    after_load = time.perf_counter()
+    chat = Chat(loaded, processor, [load_media(path, frames, processor) for path in paths])
+    media_s = time.perf_counter() - after_load
+
+    def show(text: str) -> None:
+        print(text, end="", flush=True)
+
+    if question is None:
+        while (line := _read_question()) is not None:
+            try:
+                chat.ask(line, max_new_tokens, show)
+            except ValueError as error:  # of this question; the conversation goes on
+                print(f"foveate: {error}", end="", file=sys.stderr, flush=True)
+            print()
+        return
+    answer = chat.ask(question, max_new_tokens, None if as_json else show)
+    if not as_json:
+        print()
+        return
+    seconds = {
+        "load": round(after_load - began, 4),
+        "media": round(media_s, 4),
+        "prefill": round(answer.prefill_s, 4),
+        "decode": round(answer.decode_s, 4),
+    }
+    tokens = {"prompt": answer.prompt_tokens, "visual": answer.visual_tokens, "new": answer.new_tokens}
+    print(
+        json.dumps({"answer": answer.text, "tokens": tokens, "seconds": {k: round(v, 4) for k, v in seconds.items()}})
+    )
+
+
+@app.command()
+def export(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(help="Folder to write; new or empty.", metavar="OUT")],
+    format: Annotated[
+        ExportFormat,
+        typer.Option(
+            help="code: with this project's model code (trust_remote_code). stock: an architecture of transformers."
+        ),
+    ] = ExportFormat.code,
+) -> None:
+    """Write a model so that transformers loads it without this package."""
+    from .vlm.export import export as write
+
+    loaded, processor = _load(model, device="cpu")
+    write(loaded, processor, out, format=format.value)
+    print(f"{format.value} export in {out}")
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelArgument,
+    task: Annotated[EvalTask, typer.Option(help="glyphs: the embedded data's tasks.")] = EvalTask.glyphs,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for metrics.json and report.html. Default: only printed.")
+    ] = None,
+    n: Annotated[int, typer.Option(min=1, help="Questions a task.")] = 500,
+    split: Annotated[Split, typer.Option(help="Whose digit images are shown; test is held out.")] = Split.test,
+) -> None:
+    """Measure a model's generated answers on a task, with 95 % intervals and baselines."""
+    from .eval.report import evaluate_and_report
+
+    loaded, processor = _load(model)
+    evaluate_and_report(loaded, processor, out, n, split.value, Console())
+
+
+def _load(model: str, device: str | None = None) -> "tuple[FoveateForConditionalGeneration, FoveateProcessor]":
+    """Loads a model; transformers' progress bars are left out for its files on disk, not for downloads."""
+    if not os.path.isdir(model) and (
+        os.path.exists(model) or model.startswith((".", "/", "~")) or model.count("/") > 1
+    ):
+        raise typer.BadParameter(f"{model}: no such folder")
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    from .vlm.chat import load_model
+
+    disable_progress_bar()
+    enable_progress_bars()
+    return load_model(model, device)
+
+
+def _split_question(arguments: list[str]) -> tuple[list[str], str | None]:
+    """Files come first; a last argument that is no file is the question."""
+    if not arguments:
+        return [], None
+    *first, last = arguments
+    missing = [path for path in first if not os.path.exists(path)]
+    if missing:
+        raise typer.BadParameter(f"{missing[0]}: no such file")
+    if os.path.exists(last):  # Path.exists would raise on a long question
+        return arguments, None
+    if " " not in last.strip() and Path(last).suffix:
+        raise typer.BadParameter(f"{last}: no such file")
+    return first, last
+
+
+def _read_question() -> str | None:
+    """A question from the prompt; None at its end (Ctrl-D, or `exit`)."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return None
+        if line in ("exit", "quit"):
+            return None
+        if line:
+            return line
+
+
+def main() -> None:
+    """Runs the command: 0 when done, 2 and one line for what the user can mend, 130 after Ctrl-C."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    try:
+        code = app(args=arguments or ["--help"], standalone_mode=False) or 0
+    except UsageError as error:
+        command = getattr(getattr(error, "ctx", None), "command_path", "foveate")
+        print(f"{command}: {' '.join(error.format_message().split())} ({command} --help says more)", file=sys.stderr)
+        code = 2
+    except BrokenPipeError:  # what reads our output has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python writes the rest to it on exit
+        code = 1
+    except Exception as error:
+        if debug:
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, ValueError | OSError | RuntimeError):
+            print(f"foveate: {message}", file=sys.stderr)
+        else:
+            print(f"foveate: {type(error).__name__}: {message} (--debug shows where)", file=sys.stderr)
+        code = 2 if isinstance(error, ValueError | OSError) else 1
+    if code == STOPPED:
+        print("stopped", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,194 @@
+"""Results as JSON, and as one HTML page with curves, accuracies and examples."""
+
+import base64
+import html
+import io
+import json
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+
+from ..vlm.media import load_video
+from ..vlm.model import FoveateForConditionalGeneration
+from ..vlm.processor import FoveateProcessor
+from .glyphs import TASKS, Item, TaskResult, answer, evaluate, task_items
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def run_facts(command: str) -> dict[str, Any]:
+    """What makes a result traceable: command, commit, date, device, versions."""
+    folder = Path(__file__).parent
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+    return {
+        "command": command,
+        "commit": git.stdout.strip() or None,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "device": f"{device}, {torch.get_num_threads()} threads",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("foveate", "torch", "transformers", "av")},
+        },
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+
+
+def evaluate_tasks(
+    model: FoveateForConditionalGeneration, processor: FoveateProcessor, n: int, split: str, console: Console
+) -> dict[str, TaskResult]:
+    """Every task of the embedded data, printed as it is measured."""
+    results = {}
+    for task in TASKS:
+        with console.status(task) as status:
+
+            def show(done: int, task: str = task, status: Status = status) -> None:
+                status.update(f"{task}: {done} of {n} questions")
+
+            results[task] = evaluate(model, processor, task, n, split, after_batch=show)
+        r = results[task]
+        console.print(
+            f"{task:>14}  {r.accuracy:.3f}  [{r.low:.3f}, {r.high:.3f}]  n={r.n}  "
+            f"chance {r.chance:.3f}  majority {r.majority:.3f}"
+        )
+    return results
+
+
+def evaluate_and_report(
+    model: FoveateForConditionalGeneration,
+    processor: FoveateProcessor,
+    out: Path | None,
+    n: int,
+    split: str,
+    console: Console,
+) -> dict[str, TaskResult]:
+    """`evaluate_tasks`, then `metrics.json` and `report.html` in `out`."""
+    results = evaluate_tasks(model, processor, n, split, console)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        facts = run_facts(f"foveate eval --task glyphs --n {n} --split {split}")
+        tasks = {task: result.summary() for task, result in results.items()}
+        (out / "metrics.json").write_text(json.dumps(facts | {"tasks": tasks}, indent=1))
+        examples = example_items(split)
+        picture = examples_picture(examples, answer_each(model, processor, examples))
+        page = html_page("Evaluation", facts, [accuracy_table(results), ("Examples", image_tag(picture))])
+        (out / "report.html").write_text(page)
+        console.print(f"report in {out / 'report.html'}")
+    return results
+
+
+def example_items(split: str) -> list[Item]:
+    """One question of each task, the first ones of another seed than the measured ones."""
+    return [next(task_items(task, 1, split, seed=1)) for task in TASKS]
+
+
+def answer_each(
+    model: FoveateForConditionalGeneration, processor: FoveateProcessor, items: Iterable[Item]
+) -> list[str]:
+    return [answer(model, processor, [item])[0] for item in items]
+
+
+def examples_picture(items: Sequence[Item], answers: Sequence[str]) -> bytes:
+    """A PNG with each item's picture or some of its frames, its question, answer and truth."""
+    figure = plt.figure(figsize=(11, 1.75 * -(-len(items) // 2)))
+    outer = figure.add_gridspec(-(-len(items) // 2), 2, hspace=0.75, wspace=0.08)
+    for i, (item, said) in enumerate(zip(items, answers, strict=True)):
+        shown, captions = _shown_frames(item)
+        cell = outer[i // 2, i % 2].subgridspec(1, 6, wspace=0.06)
+        for k, (frame, caption) in enumerate(zip(shown, captions, strict=True)):
+            axes = figure.add_subplot(cell[0, k])
+            axes.imshow(frame, interpolation="nearest")
+            axes.set_axis_off()
+            axes.text(0.5, -0.08, caption, transform=axes.transAxes, ha="center", va="top", fontsize=6, color="0.4")
+            if k == 0:
+                right = said == item.question.answer
+                truth = "" if right else f"  (truth: {item.question.answer})"
+                axes.text(
+                    0, 1.1, f"{item.question.text}  →  {said}{truth}", transform=axes.transAxes, fontsize=9,
+                    color="#116611" if right else "#aa1111", ha="left",
+                )  # fmt: skip
+    return _png(figure)
+
+
+def _shown_frames(item: Item) -> tuple[list[np.ndarray], list[str]]:
+    """A still, or six frames of a clip; of a haystack those around the needle can't be told, so evenly spread."""
+    if not isinstance(item.media, bytes):
+        return [item.media], [""]
+    frames = load_video(item.media, num_frames=item.frames).frames
+    chosen = np.linspace(0, len(frames) - 1, min(6, len(frames))).round().astype(int)
+    return [frames[i] for i in chosen], [f"frame {i + 1} of {len(frames)}" for i in chosen]
+
+
+def loss_picture(metrics: Sequence[dict[str, Any]]) -> bytes:
+    """A PNG of the loss over steps, a colour a stage."""
+    figure, axes = plt.subplots(figsize=(10, 3.2))
+    for stage in dict.fromkeys(line["stage"] for line in metrics):
+        lines = [line for line in metrics if line["stage"] == stage]
+        axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], label=stage, linewidth=1.2)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.set_yscale("log")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def image_tag(png: bytes) -> str:
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+
+
+def html_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    head = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def accuracy_table(results: dict[str, TaskResult]) -> tuple[str, str]:
+    rows = [
+        (task, f"{r.accuracy:.3f}", f"{r.low:.3f} – {r.high:.3f}", r.n, f"{r.chance:.3f}", f"{r.majority:.3f}")
+        for task, r in results.items()
+    ]
+    return "Accuracy of generated answers", html_table(
+        ("task", "accuracy", "95 % interval", "n", "chance", "majority"), rows
+    )
+
+
+def html_page(title: str, facts: dict[str, Any], sections: Iterable[tuple[str, str]]) -> str:
+    """A page that stands alone: sections of (heading, HTML), and at its end what was run."""
+    body = "".join(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in sections)
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
+<style>body{{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}}
+img{{max-width:100%}}table{{border-collapse:collapse}}td,th{{border-bottom:1px solid #ddd;padding:.25em .8em}}
+td,th{{text-align:left}}td{{font-variant-numeric:tabular-nums}}footer{{color:#777;font-size:12px;margin-top:3em}}</style>
+<h1>{html.escape(title)}</h1>{body}<footer><pre>{html.escape(json.dumps(facts, indent=1))}</pre></footer></html>"""
+
+
+def print_stages(stages: Sequence[dict[str, Any]], console: Console) -> None:
+    table = Table("stage", "seconds", "steps", "tokens")
+    for stage in stages:
+        table.add_row(stage["name"], f"{stage['seconds']:.1f}", str(stage["steps"]), f"{stage['tokens']:,}")
+    console.print(table)

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Runs on a machine with a CUDA device what can't be shown without one, and writes the results as JSON.
+#
+#   scripts/gpu_suite.sh OUT [PIECE ...]      all pieces, or the ones named; each takes less than 10 minutes
+#
+# Pieces: tests (the tests marked gpu). PYTHON names the interpreter; the package need not be installed.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-python3}
+out=${1:?usage: scripts/gpu_suite.sh OUT [PIECE ...]}
+shift
+pieces=("$@")
+[ ${#pieces[@]} -gt 0 ] || pieces=(tests)
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+
+# The root is the package, so a folder outside it that links to it as `foveate` is what can be imported from.
+links=$(mktemp -d)
+trap 'rm -rf "$links"' EXIT
+ln -s "$root" "$links/foveate"
+export PYTHONPATH="$links${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 WANDB_MODE=offline PYTHONUNBUFFERED=1
+commit=${COMMIT:-$(git -C "$root" rev-parse HEAD 2>/dev/null || echo unknown)}
+cd "$links" # not the root: its kernels/ would be found in the place of the library of that name
+
+"$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"'
+status=0
+for piece in "${pieces[@]}"; do
+  case $piece in
+    tests)
+      timeout 590 "$python" -m pytest "$root/tests" --rootdir "$root" -c "$root/pyproject.toml" -m gpu -p no:cacheprovider \
+        --junitxml "$links/tests.xml" 2>&1 | tee "$out/tests.log" || status=1
+      "$python" "$root/scripts/junit_to_results.py" "$links/tests.xml" "$commit" >"$out/gpu_tests.json"
+      ;;
+    *)
+      echo "gpu_suite: no piece '$piece'; accepted: tests" >&2
+      exit 2
+      ;;
+  esac
+done
+exit $status

@@ -1,0 +1,265 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from foveate import cli
+from foveate.data.glyphs import digit_clip, encode_mp4
+from foveate.train.build import build_model
+from foveate.train.checkpoint import load_checkpoint, newest_checkpoint
+from foveate.train.recipe import Recipe
+
+COMMANDS = {
+    "quickstart": ["--out"],
+    "train": ["RECIPE", "KEY=VALUE", "--out", "--resume"],
+    "ask": ["MODEL", "MEDIA", "QUESTION", "--frames", "--max-new-tokens", "--json"],
+    "export": ["MODEL", "OUT", "--format", "code", "stock"],
+    "eval": ["MODEL", "--task", "glyphs", "--out", "--n", "--split"],
+}
+FOVEATE = str(Path(sys.executable).with_name("foveate"))
+
+
+class Ran:
+    """An exit code and what was printed."""
+
+    def __init__(self, code: int, out: str, err: str):
+        self.code, self.out, self.err = code, out, err
+
+    def assert_user_error(self, *said: str) -> None:
+        assert self.code == 2, self.err
+        assert self.out == ""
+        assert self.err.count("\n") == 1 and self.err.startswith("foveate"), self.err
+        assert "Traceback" not in self.err
+        for words in said:
+            assert words in self.err
+
+
+@pytest.fixture
+def foveate(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], same_threads: None
+) -> Callable[..., Ran]:
+    """Runs the command in this process."""
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["foveate", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return Ran(ended.value.code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def model(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> Path:
+    """A tiny model with random weights, saved."""
+    torch.manual_seed(0)
+    model, processor = build_model(tiny_recipe().model)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def png(tmp_path: Path) -> Path:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)).save(tmp_path / "a.png")
+    return tmp_path / "a.png"
+
+
+@pytest.fixture
+def mp4(tmp_path: Path) -> Path:
+    clip = digit_clip(np.random.default_rng(0), "test", frames=12, digits=2)
+    (tmp_path / "clip.mp4").write_bytes(encode_mp4(clip.frames))
+    return tmp_path / "clip.mp4"
+
+
+# Help and usage
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_help_names_every_command(foveate: Callable[..., Ran], arguments: list[str]) -> None:
+    ran = foveate(*arguments)
+    assert ran.code == 0
+    assert all(command in ran.out for command in COMMANDS)
+    assert "--debug" in ran.out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_names_its_arguments(foveate: Callable[..., Ran], command: str) -> None:
+    ran = foveate(command, "--help")
+    assert ran.code == 0
+    assert all(word.upper() in ran.out.upper() for word in COMMANDS[command])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trian"], "No such command 'trian'"),
+        (["train"], "Missing argument 'RECIPE'"),
+        (["train", "quickstart", "--fast"], "--fast"),
+        (["train", "nope"], "accepted: quickstart"),
+        (["train", "missing.yaml"], "missing.yaml: no such file"),
+        (["train", "quickstart", "stages.align.steps=0"], "stages.1.steps is 0"),
+        (["train", "quickstart", "sedd=1"], "sedd is 1"),
+        (["ask"], "Missing argument 'MODEL'"),
+        (["ask", "/no/model", "what ?"], "/no/model: no such folder"),
+        (["ask", "m", "missing.png", "what ?"], "missing.png: no such file"),
+        (["ask", "m", "missing.png"], "missing.png: no such file"),
+        (["ask", "m", "--json"], "--json needs a question"),
+        (["ask", "m", "what ?", "--frames", "0"], "--frames"),
+        (["export", "m"], "Missing argument 'OUT'"),
+        (["export", "m", "out", "--format", "onnx"], "'code', 'stock'"),
+        (["export", "./no/model", "out"], "no such folder"),
+        (["eval", "m", "--n", "many"], "--n"),
+        (["eval", "m", "--task", "poems"], "glyphs"),
+        (["eval", "/no/model"], "/no/model: no such folder"),
+    ],
+)
+def test_users_errors_are_one_line_and_exit_code_2(
+    foveate: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    foveate(*arguments).assert_user_error(said)
+
+
+def test_folder_without_a_model_is_a_users_error(foveate: Callable[..., Ran], tmp_path: Path) -> None:
+    foveate("ask", tmp_path, "what ?").assert_user_error(str(tmp_path))
+
+
+def test_debug_shows_the_traceback(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from foveate.train.recipe import RecipeError
+
+    monkeypatch.setattr(sys, "argv", ["foveate", "train", "nope", "--debug"])
+    with pytest.raises(RecipeError):
+        cli.main()
+
+
+def test_faults_of_ours_exit_with_1_and_name_their_type(
+    foveate: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("a fault\nof two lines")
+
+    monkeypatch.setattr("foveate.train.recipe.load_recipe", fail)
+    ran = foveate("train", "quickstart")
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err.count("\n") == 1 and "KeyError" in ran.err and "--debug" in ran.err
+
+
+# ask
+
+
+def test_ask_answers_about_a_picture(foveate: Callable[..., Ran], model: Path, png: Path) -> None:
+    ran = foveate("ask", model, png, "what is at b3 ?", "--max-new-tokens", 3)
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.endswith("\n") and ran.out.count("\n") == 1 and len(ran.out.split()) <= 3
+
+
+def test_ask_prints_json(foveate: Callable[..., Ran], model: Path, png: Path, mp4: Path) -> None:
+    ran = foveate("ask", model, png, mp4, "what is at b3 ?", "--max-new-tokens", 3, "--json", "--frames", 5)
+    assert ran.code == 0
+    said = json.loads(ran.out)
+    assert set(said) == {"answer", "tokens", "seconds"}
+    assert set(said["seconds"]) == {"load", "media", "prefill", "decode"}
+    assert all(seconds >= 0 for seconds in said["seconds"].values()) and said["seconds"]["load"] > 0
+    # user, 16 of the picture, 5 frames of 4 and a separator, 5 words, assistant
+    assert said["tokens"]["visual"] == 16 + 5 * 4
+    assert said["tokens"]["prompt"] == 1 + 16 + 5 * 5 + 5 + 1
+    assert 1 <= said["tokens"]["new"] <= 3
+
+
+def test_long_question_is_no_file(foveate: Callable[..., Ran], model: Path) -> None:
+    assert foveate("ask", model, "what is at b3 ? " * 40, "--max-new-tokens", 1).code == 0
+
+
+def test_file_that_is_no_media_is_a_users_error(foveate: Callable[..., Ran], model: Path, mp4: Path) -> None:
+    mp4.write_bytes(mp4.read_bytes()[:500])
+    foveate("ask", model, mp4, "what ?").assert_user_error("clip.mp4")
+
+
+def test_without_a_question_a_prompt_takes_several(model: Path, mp4: Path) -> None:
+    """Through the installed command: two answers, one refusal in between, the same as asked alone."""
+    asked = "what colour is the 3 ?\n\n<image> ?\nwhat colour is the 4 ?\n"
+    command = [FOVEATE, "ask", str(model), str(mp4), "--max-new-tokens", "3"]
+    ran = subprocess.run(command, input=asked, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr
+    first, _, second = (line.strip() for line in ran.stdout.splitlines())
+    assert first and second
+    assert ran.stderr.count("foveate: ") == 1 and "<image>" in ran.stderr
+    alone = subprocess.run(
+        [*command, "what colour is the 3 ?"], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert alone.stdout.strip() == first
+
+
+# train, export, eval
+
+
+def test_train_writes_a_model_that_ask_takes(
+    foveate: Callable[..., Ran], tiny_recipe_path: Path, tmp_path: Path, png: Path
+) -> None:
+    ran = foveate("train", tiny_recipe_path, "stages.last.steps=1", "--out", tmp_path / "run")
+    assert ran.code == 0
+    assert "last 1/1" in ran.out
+    assert foveate("ask", tmp_path / "run" / "model", png, "what ?", "--max-new-tokens", 1).code == 0
+    foveate("train", tiny_recipe_path, "--out", tmp_path / "run").assert_user_error("--resume")
+    foveate("train", tiny_recipe_path, "--out", tmp_path / "run", "--resume").assert_user_error("stages differ")
+    foveate("train", tiny_recipe_path, "--out", tmp_path / "new", "--resume").assert_user_error("no whole checkpoint")
+
+
+def test_ctrl_c_stops_training_with_a_checkpoint(tiny_recipe_path: Path, tmp_path: Path) -> None:
+    """Through the installed command, as a terminal does it: the signal goes to its whole process group."""
+    command = [
+        FOVEATE, "train", str(tiny_recipe_path), "stages.align.steps=100000", "checkpoint.every_steps=100000",
+        "tracking.wandb=offline", "--out", str(tmp_path / "run"),
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and '"align"' in metrics.read_text()):
+            assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            process.kill()
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1] == "stopped"
+    assert "Traceback" not in out + err
+    _, state = load_checkpoint(newest_checkpoint(tmp_path / "run" / "checkpoints"))
+    assert state["stage"] == 1 and state["step"] == 5 + state["stage_step"] > 5
+
+
+def test_export_can_be_loaded_again(foveate: Callable[..., Ran], model: Path, png: Path, tmp_path: Path) -> None:
+    ran = foveate("export", model, tmp_path / "exported")
+    assert ran.code == 0 and f"code export in {tmp_path / 'exported'}" in ran.out
+    asked = [foveate("ask", m, png, "what ?", "--max-new-tokens", 3) for m in (model, tmp_path / "exported")]
+    assert asked[0].out == asked[1].out
+
+
+def test_eval_writes_its_report(
+    foveate: Callable[..., Ran], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from foveate.eval import report
+
+    monkeypatch.setattr(report, "TASKS", {"colour_at": report.TASKS["colour_at"]})
+    ran = foveate("eval", model, "--n", 2, "--split", "dev", "--out", tmp_path / "report")
+    assert ran.code == 0, ran.err
+    assert "colour_at" in ran.out and "n=2" in ran.out
+    assert json.loads((tmp_path / "report" / "metrics.json").read_text())["tasks"]["colour_at"]["n"] == 2
+    assert (tmp_path / "report" / "report.html").exists()

@@ -1,0 +1,189 @@
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from foveate.train.build import build_model
+from foveate.train.optimizer import part_modules, set_trainable
+from foveate.train.recipe import Recipe, RecipeError, load_recipe, shipped_recipes
+from foveate.train.stages import make_batches, make_head, make_losses
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipe_gives_batches_and_losses(name: str, same_threads: None) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    model, processor = build_model(recipe.model)
+    for number, stage in enumerate(recipe.stages):
+        batches = make_batches(stage, processor, recipe.seed + number)
+        batch = batches.next()
+        set_trainable(model, stage)
+        assert any(p.requires_grad for part in stage.learning_rates for p in part_modules(model)[part].parameters())
+        if stage.objective == "region_text":
+            (loss,) = make_losses(stage, model, make_head(stage), [batch], model.device)
+            assert loss().isfinite()
+        else:
+            assert batch.loss_tokens > 0
+
+
+def test_quickstart_is_shipped() -> None:
+    assert "quickstart" in shipped_recipes()
+
+
+def test_numbers_of_a_file_arrive(tiny_recipe: Callable[..., Recipe]) -> None:
+    recipe = tiny_recipe()
+    assert [stage.name for stage in recipe.stages] == ["warmup", "align", "video", "last"]
+    assert recipe.stages[1].learning_rates == {"projector": 2e-3, "llm": 1e-3}
+    assert recipe.stages[2].rope_theta == 5e4
+    assert recipe.stages[1].data[1].turns == (1, 4)
+    assert (recipe.seed, recipe.stages[1].batch.rows, recipe.stages[1].batch.accumulation) == (0, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "get", "value"),
+    [
+        ("stages.align.steps=17", lambda r: r.stages[1].steps, 17),
+        ("stages.1.steps=17", lambda r: r.stages[1].steps, 17),
+        ("stages.video.learning_rates.llm=1e-5", lambda r: r.stages[2].learning_rates["llm"], 1e-5),
+        ("stages.align.data.1.turns=[2, 3]", lambda r: r.stages[1].data[1].turns, (2, 3)),
+        ("stages.align.data.0.weight=2", lambda r: r.stages[1].data[0].weight, 2.0),
+        ("model.processor.num_frames=4", lambda r: r.model.processor.get("num_frames"), 4),
+        ("model.text.hidden_act=gelu", lambda r: r.model.text.get("hidden_act"), "gelu"),
+        ("threads=null", lambda r: r.threads, None),
+        ("name=a=b", lambda r: r.name, "a=b"),
+        ("checkpoint={every_steps: 7}", lambda r: r.checkpoint.every_steps, 7),
+        ("stages.last={name: end, steps: 1, learning_rates: {llm: 1}, data: [{kind: captions}]}",
+         lambda r: r.stages[3].name, "end"),
+    ],
+)  # fmt: skip
+def test_override_changes_one_field(
+    tiny_recipe: Callable[..., Recipe], override: str, get: Callable, value: object
+) -> None:
+    assert get(tiny_recipe()) != value
+    assert get(tiny_recipe(override)) == value
+
+
+def test_later_override_wins_and_makes_missing_mappings(tmp_path: Path, tiny_recipe_path: Path) -> None:
+    content = yaml.safe_load(tiny_recipe_path.read_text())
+    del content["tracking"]
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(content))
+    recipe = load_recipe(tmp_path / "other.yaml", ["tracking.every_steps=3", "tracking.every_steps=4"])
+    assert recipe.tracking.every_steps == 4
+
+
+def test_override_of_an_aliased_mapping_changes_one_place(tmp_path: Path, tiny_recipe_path: Path) -> None:
+    text = tiny_recipe_path.read_text()
+    batch = "{rows: 2, tokens: 200, window: 8}"
+    assert text.count(batch) == 1
+    text = text.replace(batch, "&small " + batch).replace("{rows: 1, tokens: 200, window: 8}", "*small")
+    (tmp_path / "alias.yaml").write_text(text)
+    recipe = load_recipe(tmp_path / "alias.yaml", ["stages.video.batch.rows=5"])
+    assert (recipe.stages[2].batch.rows, recipe.stages[3].batch.rows) == (5, 2)
+
+
+WRONG = [
+    # a value that can't be
+    ("stages.align.steps=0", "stages.1.steps is 0"),
+    ("stages.align.steps=many", "stages.1.steps is 'many'"),
+    ("stages.align.steps=2.5", "stages.1.steps is 2.5"),
+    ("seed=-1", "seed is -1"),
+    ("threads=0", "threads is 0"),
+    ("precision=fp16", "precision is 'fp16'.*bf16"),
+    ("stages.align.learning_rates.llm=-1", "stages.1.learning_rates.llm is -1"),
+    ("stages.align.learning_rates.llm=.inf", "stages.1.learning_rates.llm is inf"),
+    ("stages.align.learning_rates.head=1", "stages.1.learning_rates.head.*tower.*projector.*llm"),
+    ("stages.align.learning_rates={}", "stages.1: learning_rates is empty"),
+    ("stages.align.warmup_steps=4", "stages.1: warmup_steps is 4 of 4 steps"),
+    ("stages.align.warmup_steps=-1", "stages.1.warmup_steps is -1"),
+    ("stages.align.final_fraction=1.5", "stages.1.final_fraction is 1.5"),
+    ("stages.align.weight_decay=-1", "stages.1.weight_decay is -1"),
+    ("stages.align.betas=[0.9, 1.0]", "stages.1.betas.1 is 1.0"),
+    ("stages.align.max_grad_norm=0", "stages.1.max_grad_norm is 0"),
+    ("stages.align.name=Align it", "stages.1.name is 'Align it'"),
+    ("stages.align.name=video", "stages are named .*'video', 'video'.*differ"),
+    ("stages.align.data=[]", r"stages.1.data is \[\]"),
+    ("stages.align.data.0.kind=poems", "stages.1.data.0.kind is 'poems'.*captions"),
+    ("stages.align.data.0.split=all", "stages.1.data.0.split is 'all'.*train"),
+    ("stages.align.data.0.weight=0", "stages.1.data.0.weight is 0"),
+    ("stages.align.data.0.objects=[5, 4]", r"stages.1.data.0: objects is \(5, 4\)"),
+    ("stages.align.data.0.objects=[1, 17]", r"stages.1.data.0: objects is \(1, 17\).*16"),
+    ("stages.align.data.0.turns=[0, 1]", r"stages.1.data.0: turns is \(0, 1\)"),
+    ("stages.align.data.0.frames=[9, 8]", r"stages.1.data.0: frames is \(9, 8\)"),
+    ("stages.align.data.0.images=[1]", "stages.1.data.0.images"),
+    ("stages.align.batch.rows=0", "stages.1.batch.rows is 0"),
+    ("stages.align.batch.accumulation=0", "stages.1.batch.accumulation is 0"),
+    ("stages=[]", r"stages is \[\]"),
+    ("tracking.wandb=maybe", "tracking.wandb is 'maybe'.*offline"),
+    ("checkpoint.keep=0", "checkpoint.keep is 0"),
+    ("model.projector=magic", "model.projector is 'magic'.*downsample-2x2"),
+    # fields that exclude each other or would have no effect
+    ("model.path=somewhere", "model: path excludes vision and text"),
+    ("model.text=null", "model: accepted: path alone, or vision and text"),
+    ("model.text=some/llm", "model: vision and text must both be names, or both be configurations"),
+    ("stages.warmup.learning_rates={llm: 1}", "stages.0: .*tower"),
+    ("stages.warmup.data.0.kind=captions", "stages.0: .*regions"),
+    ("stages.warmup.batch.accumulation=2", "stages.0: batch.accumulation has no effect"),
+    ("stages.warmup.batch.tokens=99", "stages.0: batch.tokens has no effect"),
+    ("stages.align.data.0.kind=regions", "stages.1: .*regions.*region_text"),
+    # keys that there are not
+    ("stages.align.lr=1", "stages.1.lr is 1: Extra inputs are not permitted"),
+    ("stages.align.batch.token=1", "stages.1.batch.token is 1: Extra"),
+    ("sedd=1", "sedd is 1: Extra"),
+    ("stages.aline.steps=1", "no entry 'aline'; accepted: warmup, align, video, last"),
+    ("stages.4.steps=1", "no entry '4'"),
+    ("threads.value=1", "threads is a value, not a mapping"),
+    ("steps", "override 'steps'; accepted: key=value"),
+    ("=1", "override '=1'; accepted: key=value"),
+    ("seed=[1", "override 'seed=\\[1': the value is not YAML"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), WRONG, ids=[override for override, _ in WRONG])
+def test_wrong_field_is_named(tiny_recipe: Callable[..., Recipe], override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        tiny_recipe(override)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_wrong_fields_are_named_at_once(tiny_recipe: Callable[..., Recipe]) -> None:
+    with pytest.raises(RecipeError, match=r"tiny.yaml: seed is -1.*; checkpoint.keep is 0"):
+        tiny_recipe("seed=-1", "checkpoint.keep=0")
+
+
+@pytest.mark.parametrize("field", ["name", "model", "stages"])
+def test_missing_field_is_named(tmp_path: Path, tiny_recipe_path: Path, field: str) -> None:
+    content = yaml.safe_load(tiny_recipe_path.read_text())
+    del content[field]
+    (tmp_path / "less.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(RecipeError, match=f"{field}: Field required"):
+        load_recipe(tmp_path / "less.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "not YAML"),
+        ("a: !!python/object/apply:os.system ['true']", "not YAML"),
+        ("- 1", "holds a list"),
+        ("", "holds a NoneType"),
+    ],
+)
+def test_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=f"bad.yaml: {message}"):
+        load_recipe(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize("name", ["quikstart", "../quickstart", "missing.yaml", ""])
+def test_unknown_recipe_names_those_there_are(name: str) -> None:
+    with pytest.raises(RecipeError, match=r"accepted: .*quickstart"):
+        load_recipe(name)
+
+
+def test_recipe_cannot_be_changed_afterwards(tiny_recipe: Callable[..., Recipe]) -> None:
+    recipe = tiny_recipe()
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 3
+    assert copy.deepcopy(recipe) == recipe

@@ -1,0 +1,66 @@
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from foveate.data.document import Image, Text
+from foveate.train.build import build_model
+from foveate.train.recipe import Recipe
+from foveate.train.stages import RegionText, make_batches
+
+
+def test_region_text_is_the_sigmoid_loss() -> None:
+    """Against loops over every pair, in double precision."""
+    torch.manual_seed(0)
+    regions, texts, labels = torch.randn(6, 8), torch.randn(4, 8), torch.tensor([0, 3, 1, 1, 2, 0])
+    head = RegionText()
+    t, b = math.exp(head.log_scale.item()), head.bias.item()
+    expected = 0.0
+    for i, region in enumerate(regions.double().numpy()):
+        for j, text in enumerate(texts.double().numpy()):
+            logit = t * region @ text / np.linalg.norm(region) / np.linalg.norm(text) + b
+            expected += math.log1p(math.exp(-logit if labels[i] == j else logit)) / len(regions)
+    assert head(regions, texts, labels).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_each_region_has_its_text() -> None:
+    with pytest.raises(ValueError, match="6 tokens but 5 regions"):
+        RegionText()(torch.randn(6, 8), torch.randn(4, 8), torch.zeros(5, dtype=torch.long))
+
+
+def test_region_batches_give_each_cell_its_words(tiny_recipe: Callable[..., Recipe]) -> None:
+    recipe = tiny_recipe()
+    _, processor = build_model(recipe.model)
+    batches = make_batches(recipe.stages[0], processor, seed=0)
+    for _ in range(3):
+        first = batches.state_dict()["next_index"]
+        batch = batches.next()
+        documents = [batches.mixture.document(first + i) for i in range(2)]
+        said = [
+            processor.tokenizer.decode(batch.inputs["text_ids"][label], skip_special_tokens=True)
+            for label in batch.inputs["labels"]
+        ]
+        assert said == [part.text for document in documents for part in document.parts if isinstance(part, Text)]
+        pictures = np.stack([p.source for document in documents for p in document.parts if isinstance(p, Image)])
+        expected = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
+        torch.testing.assert_close(batch.inputs["pixel_values"], expected, rtol=0, atol=1e-5)
+        assert batch.keys == tuple(document.key for document in documents)
+        assert 0 < batch.used_tokens <= batch.positions
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_restored_batches_go_on(tiny_recipe: Callable[..., Recipe], number: int) -> None:
+    stage = tiny_recipe().stages[number]
+    _, processor = build_model(tiny_recipe().model)
+    ahead = make_batches(stage, processor, seed=1)
+    for _ in range(3):
+        ahead.next()
+    behind = make_batches(stage, processor, seed=1)
+    behind.load_state_dict(ahead.state_dict())
+    for _ in range(3):
+        a, b = ahead.next(), behind.next()
+        assert a.keys == b.keys
+        assert a.inputs.keys() == b.inputs.keys()
+        assert all(a.inputs[name].equal(b.inputs[name]) for name in a.inputs)

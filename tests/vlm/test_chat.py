@@ -1,0 +1,197 @@
+"""The chat: several turns on one cache answer as if each were asked afresh."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from foveate.vlm import FoveateForConditionalGeneration, FoveateProcessor
+from foveate.vlm.chat import Chat, load_media, load_model
+from foveate.vlm.media import MediaError, Video, load_video
+
+DIGITS = "0123456789"
+QUESTIONS = ["What is in the picture?", "And left of it?", "How many digits appear?"]
+
+
+@contextmanager
+def counting(module: nn.Module) -> Iterator[list[dict]]:
+    """The keyword arguments of each call."""
+    calls: list[dict] = []
+    hook = module.register_forward_pre_hook(lambda m, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    yield calls
+    hook.remove()
+
+
+def media(tiny: Any) -> list[Image.Image | Video]:
+    """A video, two images, a video."""
+    return [load_video(tiny.frames(0, 2)), tiny.image(1), tiny.image(2), load_video(tiny.frames(3, 1))]
+
+
+def digits_only(model: FoveateForConditionalGeneration, processor: FoveateProcessor) -> None:
+    """Answers that tokenize again as they were generated: no two digits merge."""
+    allowed = set(processor.tokenizer.convert_tokens_to_ids(list(DIGITS)))
+    model.generation_config.suppress_tokens = [i for i in range(len(processor.tokenizer)) if i not in allowed]
+
+
+@pytest.mark.parametrize("llm", ["qwen2", "gpt2", "gemma2"])
+def test_turns_on_one_cache_answer_as_asked_afresh(tiny: Any, llm: str) -> None:
+    model, processor = tiny.model(llm_name=llm, dtype=torch.float64), tiny.processor()
+    chat = Chat(model, processor, media(tiny))
+    for question in QUESTIONS:
+        history = list(chat.messages)
+        answer = chat.ask(question, max_new_tokens=6)
+        fresh = Chat(model, processor, media(tiny))
+        fresh.messages = history
+        assert fresh.ask(question, max_new_tokens=6).text == answer.text
+        images = [m for m in media(tiny) if not isinstance(m, Video)]
+        videos = [m.frames for m in media(tiny) if isinstance(m, Video)]
+        prompt = processor.apply_chat_template(chat.messages[:-1], add_generation_prompt=True)
+        inputs = processor(text=prompt, images=images, videos=videos, return_tensors="pt")
+        alone = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert processor.decode(alone, skip_special_tokens=True).strip() == answer.text
+        assert (answer.prompt_tokens, answer.new_tokens) == (inputs["input_ids"].shape[1], 6)
+        assert answer.visual_tokens == 5 * 4
+    assert [m["role"] for m in chat.messages] == ["user", "assistant"] * 3
+
+
+def test_a_turn_prefills_only_what_is_new_and_encodes_no_media_again(tiny: Any) -> None:
+    model, processor = tiny.model(dtype=torch.float64), tiny.processor()
+    digits_only(model, processor)
+    chat = Chat(model, processor, media(tiny))
+    cached = 0
+    for turn, question in enumerate(QUESTIONS):
+        with counting(model.language_model) as llm, counting(model.vision_tower) as tower:
+            answer = chat.ask(question, max_new_tokens=5)
+        assert len(answer.text) == 5 and set(answer.text) <= set(DIGITS)
+        assert llm[0]["inputs_embeds"].shape[1] == answer.prompt_tokens - cached
+        assert all(call["inputs_embeds"].shape[1] == 1 for call in llm[1:])
+        assert len(tower) == (2 if turn == 0 else 0)  # images, then frames
+        cached = answer.prompt_tokens + answer.new_tokens - 1  # the last token was never read
+
+
+def test_the_cache_is_used_up_to_where_an_answer_tokenizes_otherwise(tiny: Any) -> None:
+    model, processor = tiny.model(dtype=torch.float64), tiny.processor()
+    chat = Chat(model, processor, media(tiny))
+    first = chat.ask(QUESTIONS[0], max_new_tokens=8)
+    with counting(model.language_model) as llm:
+        second = chat.ask(QUESTIONS[1], max_new_tokens=8)
+    assert llm[0]["inputs_embeds"].shape[1] <= second.prompt_tokens - first.prompt_tokens
+
+
+def test_media_stand_first_in_their_order(tiny: Any) -> None:
+    model, processor = tiny.model(), tiny.processor()
+    with counting(model) as calls:
+        Chat(model, processor, media(tiny)).ask("Describe.", max_new_tokens=1)
+    text = (
+        "<|im_start|>user\n" + ("<video>" * 4 + "\n") * 2 + "<image>" * 8 + "<video>" * 4 + "\n"
+        "Describe.<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert calls[0]["input_ids"].tolist() == [processor.tokenizer(text)["input_ids"]]
+    first_image = torch.from_numpy(np.asarray(tiny.image(1))).permute(2, 0, 1) / 127.5 - 1
+    torch.testing.assert_close(calls[0]["pixel_values"][0], first_image)
+    frames = np.concatenate([tiny.frames(0, 2), tiny.frames(3, 1)])
+    torch.testing.assert_close(
+        calls[0]["pixel_values_videos"], torch.from_numpy(frames).permute(0, 3, 1, 2) / 127.5 - 1
+    )
+
+
+def test_text_alone_can_be_asked(tiny: Any) -> None:
+    model, processor = tiny.model(dtype=torch.float64), tiny.processor()
+    chat = Chat(model, processor)
+    chat.ask("Hi", max_new_tokens=3)
+    answer = chat.ask("Again", max_new_tokens=3)
+    assert answer.visual_tokens == 0
+    fresh = Chat(model, processor)
+    fresh.messages = chat.messages[:2]
+    assert fresh.ask("Again", max_new_tokens=3).text == answer.text
+
+
+@pytest.mark.parametrize("digits", [True, False])
+def test_the_pieces_of_an_answer_make_its_text(tiny: Any, digits: bool) -> None:
+    model, processor = tiny.model(), tiny.processor()
+    if digits:
+        digits_only(model, processor)
+    pieces: list[str] = []
+    answer = Chat(model, processor, media(tiny)).ask("Describe.", max_new_tokens=40, on_text=pieces.append)
+    assert "".join(pieces).strip() == answer.text
+    assert answer.new_tokens == 40 and all(pieces)
+    assert answer.prefill_s > 0 and answer.decode_s > 0
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        ("", "the question is empty"),
+        (" \n", "the question is empty"),
+        ("What is <image>?", "the question holds <image> or <video>"),
+        ("<video>", "the question holds <image> or <video>"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_changes_nothing(tiny: Any, question: str, message: str) -> None:
+    chat = Chat(tiny.model(), tiny.processor(), media(tiny))
+    chat.ask("Hi", max_new_tokens=2)
+    before = list(chat.messages)
+    with pytest.raises(ValueError, match=message):
+        chat.ask(question)
+    assert chat.messages == before
+
+
+@pytest.mark.parametrize("with_media", [True, False])
+@pytest.mark.parametrize("turn", [0, 1])
+def test_an_interrupted_answer_leaves_the_conversation_as_it_was(tiny: Any, turn: int, with_media: bool) -> None:
+    model, processor = tiny.model(dtype=torch.float64), tiny.processor()
+    digits_only(model, processor)
+    given = media(tiny) if with_media else []
+    chat, undisturbed = (Chat(model, processor, given) for _ in range(2))
+    for question in QUESTIONS[:turn]:
+        chat.ask(question, max_new_tokens=5)
+        undisturbed.ask(question, max_new_tokens=5)
+
+    def interrupt(text: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        chat.ask("A question that is never answered to its end?", max_new_tokens=5, on_text=interrupt)
+    assert chat.messages == undisturbed.messages
+    for question in QUESTIONS[turn:]:
+        assert chat.ask(question, max_new_tokens=5).text == undisturbed.ask(question, max_new_tokens=5).text
+
+
+def test_a_saved_model_is_loaded_in_its_own_dtype(tiny: Any, tmp_path: Path) -> None:
+    tiny.model(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    tiny.processor(num_frames=5).save_pretrained(tmp_path)
+    model, processor = load_model(tmp_path, device="cpu")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert not model.training and processor.num_frames == 5
+    assert Chat(model, processor, media(tiny)).ask("What?", max_new_tokens=2).new_tokens == 2
+
+
+def test_what_is_no_model_is_refused(tiny: Any, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="nowhere"):
+        load_model(tmp_path / "nowhere")
+    tiny.tokenizer().save_pretrained(tmp_path)
+    tiny.llm("qwen2", 360).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="accepted: a model that Foveate trained or exported"):
+        load_model(tmp_path)
+
+
+def test_files_are_loaded_as_image_or_video(tiny: Any, tmp_path: Path) -> None:
+    processor = tiny.processor()
+    tiny.image(0, (20, 30)).save(tmp_path / "a.png")
+    image = load_media(tmp_path / "a.png", None, processor)
+    assert np.array_equal(np.asarray(image), np.asarray(tiny.image(0, (20, 30))))
+    path = tiny.mp4(tmp_path / "a.mp4", [0, 60, 120, 180, 240])
+    for count, frames in ((None, 3), (2, 2), (100, 5)):
+        video = load_media(path, count, processor)
+        assert isinstance(video, Video) and video.frames.shape == (frames, 16, 16, 3)
+    (tmp_path / "a.txt").write_text("neither")
+    with pytest.raises(MediaError, match=r"\(as a video\).*\(as an image\)"):
+        load_media(tmp_path / "a.txt", None, processor)
+    with pytest.raises(MediaError, match="nothing"):
+        load_media(tmp_path / "nothing", None, processor)

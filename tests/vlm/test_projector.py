@@ -1,0 +1,126 @@
+"""The projectors: space-to-depth against loops, each projector against a computation written out in numpy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import erf
+
+from foveate.vlm.projector import PROJECTORS, Projector, space_to_depth
+from foveate.vlm.tiling import tokens_per_tile
+
+C, D = 6, 10
+
+
+def merged_by_loops(features: np.ndarray, r: int) -> np.ndarray:
+    """Space-to-depth pixel by pixel: [tiles, h, w, C] to [tiles, ⌈h/r⌉, ⌈w/r⌉, r·r·C]."""
+    tiles, height, width, channels = features.shape
+    out = np.zeros((tiles, math.ceil(height / r), math.ceil(width / r), r * r * channels))
+    for tile in range(tiles):
+        for y in range(height):
+            for x in range(width):
+                for c in range(channels):
+                    square = (y % r) * r + x % r
+                    out[tile, y // r, x // r, square * channels + c] = features[tile, y, x, c]
+    return out
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    return x * 0.5 * (1 + erf(x / math.sqrt(2)))
+
+
+def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * weight + bias
+
+
+def projected(name: str, p: list[np.ndarray], features: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """What the papers write, from the parameters in the order in which the projector holds them."""
+    if name == "linear":
+        return features @ p[0].T + p[1]
+    if name == "mlp2x":
+        return gelu(features @ p[0].T + p[1]) @ p[2].T + p[3]
+    r = 2 if name == "downsample-2x2" else 3
+    x = merged_by_loops(features.reshape(len(features), *grid, -1), r).reshape(len(features), -1, r * r * C)
+    if r == 2:
+        return gelu(layer_norm(x, p[0], p[1]) @ p[2].T + p[3]) @ p[4].T + p[5]
+    x = gelu(layer_norm(x, p[0], p[1]) @ p[2].T + p[3])
+    return gelu(layer_norm(x, p[4], p[5]) @ p[6].T + p[7]) @ p[8].T + p[9]
+
+
+@given(height=st.integers(1, 9), width=st.integers(1, 9), r=st.integers(1, 4), channels=st.integers(1, 3))
+@settings(max_examples=60, deadline=None)
+def test_space_to_depth_equals_loops(height: int, width: int, r: int, channels: int) -> None:
+    features = np.random.default_rng(0).normal(size=(2, height, width, channels))
+    assert np.array_equal(space_to_depth(torch.from_numpy(features), r).numpy(), merged_by_loops(features, r))
+
+
+def test_space_to_depth_pads_right_and_below_with_zeros() -> None:
+    features = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]]).reshape(1, 3, 3, 1)
+    squares = space_to_depth(features, 2)[0].tolist()
+    assert squares == [[[1, 2, 4, 5], [3, 0, 6, 0]], [[7, 8, 0, 0], [9, 0, 0, 0]]]
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (5, 7), (6, 3)])
+@pytest.mark.parametrize("name", PROJECTORS)
+def test_projector_equals_the_formula(name: str, grid: tuple[int, int]) -> None:
+    projector = Projector(name, C, D).double()
+    for parameter in projector.parameters():
+        torch.nn.init.normal_(parameter)
+    features = torch.randn(2, grid[0] * grid[1], C, dtype=torch.float64)
+    parameters = [p.detach().numpy() for p in projector.parameters()]
+    expected = projected(name, parameters, features.numpy(), grid)
+    np.testing.assert_allclose(projector(features, grid).detach().numpy(), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("linear", [(D, C), (D,)]),
+        ("mlp2x", [(D, C), (D,), (D, D), (D,)]),
+        ("downsample-2x2", [(4 * C,), (4 * C,), (D, 4 * C), (D,), (D, D), (D,)]),
+        (
+            "downsample-3x3",
+            [(9 * C,), (9 * C,), (3 * C, 9 * C), (3 * C,), (3 * C,), (3 * C,), (D, 3 * C), (D,), (D, D), (D,)],
+        ),
+    ],
+)
+def test_parameters_have_the_published_shapes(name: str, shapes: list[tuple[int, ...]]) -> None:
+    assert [tuple(p.shape) for p in Projector(name, C, D).parameters()] == shapes
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp2x"])
+def test_projectors_without_downsampling_take_tokens_before_the_patches(name: str) -> None:
+    projector = Projector(name, C, D)
+    features = torch.randn(2, 1 + 16, C)
+    with_cls = projector(features, (4, 4))
+    torch.testing.assert_close(with_cls[:, 1:], projector(features[:, 1:], (4, 4)))
+
+
+# VILA and NVILA: 448 / 14 = 32 patches a side; SigLIP-so400m at 384 / 14 = 27.
+@pytest.mark.parametrize(
+    ("side", "r", "tokens"), [(448, 2, 256), (448, 3, 121), (384, 2, 196), (384, 3, 81), (384, 1, 729)]
+)
+def test_published_token_counts(side: int, r: int, tokens: int) -> None:
+    assert tokens_per_tile((side, side), 14, r) == tokens
+
+
+@given(
+    size=st.tuples(st.integers(4, 60), st.integers(4, 60)),
+    patch=st.integers(1, 4),
+    name=st.sampled_from(list(PROJECTORS)),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_count_that_the_processor_uses_is_what_the_projector_gives(
+    size: tuple[int, int], patch: int, name: str
+) -> None:
+    grid = (size[0] // patch, size[1] // patch)
+    tokens = Projector(name, 2, 3)(torch.zeros(1, grid[0] * grid[1], 2), grid).shape[1]
+    assert tokens_per_tile(size, patch, PROJECTORS[name]) == tokens
+
+
+def test_prefix_tokens_are_counted_once_a_tile() -> None:
+    assert tokens_per_tile((16, 20), 4, 1, prefix_tokens=5) == 4 * 5 + 5
