@@ -24,6 +24,7 @@ from .document import Document, Image, Text, Video, chat_document
 SPLITS = ("train", "dev", "test")
 CELL = 16  # pixels
 GLYPH = 13  # pixels that a glyph fills at most
+VARIANTS = 5  # warped copies of each training digit
 DIGITS = tuple("0123456789")
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
 KINDS = DIGITS + SHAPES
@@ -75,17 +76,33 @@ def glyph_tokenizer() -> PreTrainedTokenizerFast:
 
 @cache
 def _digit_masks(split: str) -> dict[str, np.ndarray]:
-    """Digit → its images in a split, float32 [images, GLYPH, GLYPH] in [0, 1]; 70 / 10 / 20 % by digit image."""
+    """Digit → its images in a split, float32 [images, GLYPH, GLYPH] in [0, 1]; 70 / 10 / 20 % by digit image.
+
+    Each training image stands there `VARIANTS` times more, turned, scaled and slanted a little.
+    """
     data = load_digits()
     order = np.random.default_rng(20240131).permutation(len(data.images))
     train, dev = int(0.7 * len(order)), int(0.8 * len(order))
     chosen = {"train": order[:train], "dev": order[train:dev], "test": order[dev:]}[split]
     masks: dict[str, list[np.ndarray]] = {digit: [] for digit in DIGITS}
+    rng = np.random.default_rng(3)
     for i in chosen:
         small = PILImage.fromarray((data.images[i] * (255 / 16)).astype(np.uint8))
-        large = np.asarray(small.resize((GLYPH, GLYPH), PILImage.Resampling.BICUBIC), dtype=np.float32) / 255
-        masks[str(data.target[i])].append(large)
+        large = small.resize((GLYPH, GLYPH), PILImage.Resampling.BICUBIC)
+        variants = [_warped(large, rng) for _ in range(VARIANTS)] if split == "train" else []
+        masks[str(data.target[i])] += [np.asarray(image, dtype=np.float32) / 255 for image in (large, *variants)]
     return {digit: np.stack(images) for digit, images in masks.items()}
+
+
+def _warped(image: PILImage.Image, rng: np.random.Generator) -> PILImage.Image:
+    """Turned by up to 12°, scaled by up to 10 %, slanted by up to 0.15, about the centre."""
+    angle, scale, slant = rng.uniform(-0.21, 0.21), rng.uniform(0.9, 1.1), rng.uniform(-0.15, 0.15)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    matrix = turn @ np.array([[1, slant], [0, 1]]) / scale  # from a pixel of the result to one of the image
+    centre = np.full(2, (GLYPH - 1) / 2)
+    shift = centre - matrix @ centre
+    coefficients = (*matrix[0], shift[0], *matrix[1], shift[1])
+    return image.transform(image.size, PILImage.Transform.AFFINE, coefficients, PILImage.Resampling.BICUBIC)
 
 
 @cache
@@ -177,7 +194,7 @@ def random_scene(rng: np.random.Generator, split: str, objects: tuple[int, int])
 class Question:
     """A question with its true answer.
 
-    Answers say first what they are about ("b3 red 7"), so that a model of few layers has one look-up a word to learn.
+    Answers say first what they are about ("b3 7"), so that a model of few layers has one look-up a word to learn.
 
     Args:
         task: what it tests.
@@ -198,19 +215,19 @@ class Question:
         return f"{self.subject} {self.fact}".strip()
 
 
-def _name(glyph: Glyph | None) -> str:
-    return str(glyph) if glyph else "nothing"
+def _kind(glyph: Glyph | None) -> str:
+    return glyph.kind if glyph else "nothing"
 
 
 def _what_at(scene: Scene, rng: np.random.Generator) -> Question:
     cell = _choose_cell(scene, rng)
-    return Question("what_at", f"what is at {CELLS[cell]} ?", CELLS[cell], _name(scene.cells[cell]), cell)
+    return Question("what_at", f"what is at {CELLS[cell]} ?", CELLS[cell], _kind(scene.cells[cell]), cell)
 
 
 def _row_column(scene: Scene, rng: np.random.Generator) -> Question:
     cell = _choose_cell(scene, rng)
     place = _row_and_column(cell)
-    return Question("row_column", f"what is in {place} ?", place, _name(scene.cells[cell]), cell)
+    return Question("row_column", f"what is in {place} ?", place, _kind(scene.cells[cell]), cell)
 
 
 def _colour_at(scene: Scene, rng: np.random.Generator) -> Question:
@@ -219,12 +236,13 @@ def _colour_at(scene: Scene, rng: np.random.Generator) -> Question:
 
 
 def _where_is(scene: Scene, rng: np.random.Generator) -> Question | None:
-    unique = [i for i, glyph in enumerate(scene.cells) if glyph and scene.cells.count(glyph) == 1]
+    """About a kind that the scene holds once."""
+    kinds = [_kind(glyph) for glyph in scene.cells]
+    unique = [i for i, glyph in enumerate(scene.cells) if glyph and kinds.count(glyph.kind) == 1]
     if not unique:
         return None
     cell = int(rng.choice(unique))
-    glyph = scene.cells[cell]
-    return Question("where_is", f"where is the {glyph} ?", f"{glyph} at", CELLS[cell], cell)
+    return Question("where_is", f"where is the {kinds[cell]} ?", kinds[cell], CELLS[cell], cell)
 
 
 def _row_and_column(cell: int) -> str:
@@ -328,7 +346,8 @@ def grounded_caption(scene: Scene, rng: np.random.Generator) -> str:
     phrases = []
     for i in rng.permutation([i for i, glyph in enumerate(scene.cells) if glyph]):
         place, glyph = CELLS[i], scene.cells[i]
-        phrases.append((f"{place} {glyph}", f"{glyph} at {place}", f"{_row_and_column(i)} {glyph}")[wording])
+        what = f"{glyph.kind} {glyph.colour}"
+        phrases.append((f"{place} {what}", f"{glyph.kind} {place} {glyph.colour}", f"{_row_and_column(i)} {what}")[wording])
     return " ; ".join(phrases) + " ."
 
 
@@ -390,6 +409,14 @@ def _regions(source: GlyphSource, rng: np.random.Generator, key: str) -> Documen
     return Document(key, (Image(scene.picture), *texts))
 
 
+def _frame_regions(source: GlyphSource, rng: np.random.Generator, key: str) -> Document:
+    """A clip of digits and shapes and, frame by frame and cell by cell, what it holds."""
+    frames = int(rng.integers(source.frames[0], source.frames[1] + 1))
+    cells = [[_draw(rng, DIGITS if rng.random() < 0.5 else SHAPES) if rng.random() < 0.7 else None for _ in range(4)] for _ in range(frames)]
+    pictures = np.stack([draw_cells(c, 2, source.split, rng) for c in cells])
+    return Document(key, (Video(pictures), *(Text(str(glyph or 'nothing'), loss=True) for frame in cells for glyph in frame)))
+
+
 def _caption(source: GlyphSource, rng: np.random.Generator, key: str) -> Document:
     scene = random_scene(rng, source.split, source.objects)
     return Document(key, (Image(scene.picture), Text(grounded_caption(scene, rng) + "<|end|>", loss=True)))
@@ -436,6 +463,7 @@ def _needle_chat(source: GlyphSource, rng: np.random.Generator, key: str) -> Doc
 
 KIND_BUILDERS: dict[str, Callable[[GlyphSource, np.random.Generator, str], Document]] = {
     "regions": _regions,
+    "frame_regions": _frame_regions,
     "captions": _caption,
     "interleaved": _interleaved,
     "scene_chat": _scene_chat,

@@ -48,7 +48,7 @@ def _clip_item(frames: int) -> Callable[[np.random.Generator, str], Item]:
     def make(rng: np.random.Generator, split: str) -> Item:
         clip = digit_clip(rng, split, frames, digits=int(rng.integers(1, 5)))
         questions = clip_colour_questions(clip)
-        return Item(questions[rng.integers(len(questions))], encode_mp4(clip.frames), frames)
+        return Item(questions[rng.integers(len(questions))], encode_mp4(clip.frames, scale=4), frames)
 
     return make
 
@@ -56,7 +56,7 @@ def _clip_item(frames: int) -> Callable[[np.random.Generator, str], Item]:
 def _needle_item(frames: int) -> Callable[[np.random.Generator, str], Item]:
     def make(rng: np.random.Generator, split: str) -> Item:
         clip = needle_clip(rng, split, frames)
-        return Item(needle_questions(clip)[0], encode_mp4(clip.frames), frames)
+        return Item(needle_questions(clip)[0], encode_mp4(clip.frames, scale=4), frames)
 
     return make
 

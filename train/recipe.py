@@ -100,10 +100,10 @@ class StageRecipe(_Strict):
             raise ValueError(f"learning_rates is empty, so nothing would train; accepted parts: {', '.join(PARTS)}")
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps is {self.warmup_steps} of {self.steps} steps; accepted: fewer than steps")
-        regions = [data.kind == "regions" for data in self.data]
+        regions = [data.kind in ("regions", "frame_regions") for data in self.data]
         if self.objective == "region_text":
             if not all(regions):
-                raise ValueError("objective region_text needs data of kind regions alone")
+                raise ValueError("objective region_text needs data of kinds regions and frame_regions alone")
             if "llm" in self.learning_rates:
                 raise ValueError(
                     "objective region_text does not run the LLM; accepted learning_rates: tower, projector"
@@ -115,7 +115,7 @@ class StageRecipe(_Strict):
                     "documents; accepted: rows alone"
                 )
         elif any(regions):
-            raise ValueError("data of kind regions fits objective region_text alone")
+            raise ValueError("data of kinds regions and frame_regions fits objective region_text alone")
         return self
 
 

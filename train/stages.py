@@ -7,11 +7,11 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from ..data.document import Image, Text
+from ..data.document import Image, Text, Video
 from ..data.glyphs import GlyphSource
 from ..data.mixture import Mixture
 from ..data.packing import Batch, Packer, collate
-from ..vlm.media import load_image
+from ..vlm.media import load_image, load_video
 from ..vlm.model import FoveateForConditionalGeneration
 from ..vlm.processor import FoveateProcessor
 from .recipe import StageRecipe
@@ -42,9 +42,10 @@ class PackedBatches:
 
 
 class RegionBatches:
-    """Batches of images with a text for each of their regions, for `RegionText`.
+    """Batches of images and frames with a text for each of their regions, for `RegionText`.
 
-    A document is an image and then its regions' texts in raster order; a batch holds `rows` · 16 documents.
+    A document is an image or a clip and then its regions' texts, in raster order and frame by frame. A batch holds so
+    many documents; those with images come first.
     """
 
     def __init__(self, mixture: Mixture, documents: int, processor: FoveateProcessor):
@@ -54,19 +55,23 @@ class RegionBatches:
     def next(self) -> Batch:
         documents = [self.mixture.document(self.next_index + i) for i in range(self.documents)]
         self.next_index += self.documents
-        images = [
-            load_image(part.source) for document in documents for part in document.parts if isinstance(part, Image)
-        ]
+        documents.sort(key=lambda document: isinstance(document.parts[0], Video))
+        media = [document.parts[0] for document in documents]
+        images = [load_image(part.source) for part in media if isinstance(part, Image)]
+        frames = [frame for part in media if isinstance(part, Video) for frame in load_video(part.source).frames]
         texts = [part.text for document in documents for part in document.parts if isinstance(part, Text)]
         unique = sorted(set(texts))
         number = {text: i for i, text in enumerate(unique)}
         encoded = self.processor.tokenizer(unique, add_special_tokens=False, padding=True, return_tensors="pt")
         inputs = {
-            "pixel_values": self.processor.pixel_values(images),
             "labels": torch.tensor([number[text] for text in texts]),  # [regions], the text that describes each
             "text_ids": encoded["input_ids"],  # [texts, tokens]
             "text_mask": encoded["attention_mask"],
         }
+        if images:
+            inputs["pixel_values"] = self.processor.pixel_values(images)
+        if frames:
+            inputs["pixel_values_videos"] = self.processor.pixel_values(frames, video=True)
         keys = tuple(document.key for document in documents)
         return Batch(inputs | {"input_ids": encoded["input_ids"]}, keys, int(encoded["attention_mask"].sum()))
 
@@ -148,11 +153,14 @@ def make_losses(
 
     def region_text(batch: Batch) -> torch.Tensor:
         inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-        features = model.get_image_features(inputs["pixel_values"]).pooler_output
-        assert features is not None and head is not None
-        regions = features.flatten(0, 1)
+        assert head is not None
+        regions = [
+            model.get_image_features(inputs[name]).pooler_output.flatten(0, 1)
+            for name in ("pixel_values", "pixel_values_videos")
+            if name in inputs
+        ]
         words = model.get_input_embeddings()(inputs["text_ids"]) * inputs["text_mask"].unsqueeze(-1)
-        return head(regions, words.sum(1), inputs["labels"])
+        return head(torch.cat(regions), words.sum(1), inputs["labels"])
 
     loss_of = next_token if stage.objective == "next_token" else region_text
     return [partial(loss_of, batch) for batch in batches]

@@ -74,16 +74,9 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         """
         config_fields = set(inspect.signature(FoveateConfig.__init__).parameters) - {"self", "kwargs"}
         config_options = {k: options.pop(k) for k in list(options) if k in config_fields}
-        attention = options.pop("attn_implementation", None)
-        of_part = attention.get if isinstance(attention, dict) else lambda part: attention
         source = {k: options[k] for k in ("cache_dir", "local_files_only", "revision", "token") if k in options}
-        tower = AutoModel.from_pretrained(
-            vision,
-            config=tower_config(vision, **source),
-            attn_implementation=of_part("vision_config"),
-            **options,
-        )
-        llm = AutoModelForCausalLM.from_pretrained(text, attn_implementation=of_part("text_config"), **options)
+        tower = AutoModel.from_pretrained(vision, config=tower_config(vision, **source), **options)
+        llm = AutoModelForCausalLM.from_pretrained(text, **options)
         tokenizer = AutoTokenizer.from_pretrained(text, **source)
         image_token_id, video_token_id = add_media_tokens(tokenizer)
         if len(tokenizer) > llm.config.vocab_size:
@@ -96,8 +89,8 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
             video_token_id=video_token_id,
             **config_options,
         )
-        if attention is not None:
-            config._attn_implementation = attention
+        if options.get("attn_implementation") is not None:  # a name, or a dict with one for each part
+            config._attn_implementation = options["attn_implementation"]
         with torch.device("meta"):
             model = cls(config)
         model.vision_tower, model.language_model = tower, llm

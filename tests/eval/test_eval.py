@@ -101,7 +101,7 @@ def test_truth_of_a_colour_question_is_seen_in_the_picture() -> None:
     for item in task_items("colour_at", 40):
         name = item.question.text.split()[4]
         x, y = "abcd".index(name[0]) * 16, (int(name[1]) - 1) * 16
-        assert brightest_colour(item.media[y : y + 16, x : x + 16]) == item.question.answer
+        assert brightest_colour(item.media[y : y + 16, x : x + 16]) == item.question.fact
 
 
 @pytest.mark.parametrize(("task", "frames", "answers"), [("clip_colour_8", 8, COLOURS), ("needle_64", 64, DIGITS),
@@ -110,7 +110,7 @@ def test_video_tasks_ask_about_real_files(task: str, frames: int, answers: Seque
     for item in task_items(task, 3):
         assert item.media[4:8] == b"ftyp"
         assert len(pixels_of(item)) == item.frames == frames
-        assert item.question.answer in answers
+        assert item.question.fact in answers
 
 
 def test_unknown_task_and_split_are_named() -> None:
@@ -183,7 +183,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     truths = ["red", "red", "red", "red", "blue", "blue", "blue", "cyan", "cyan", "red"]
     says = ["red", "red", "red", "blue", "blue", "blue", "", "cyan", "cyan blue", "red"]
     image = np.zeros((64, 64, 3), np.uint8)
-    items = [Item(Question("t", f"number {i} ?", truth), image) for i, truth in enumerate(truths)]
+    items = [
+        Item(Question(task="t", text=f"number {i} ?", subject="", fact=truth), image) for i, truth in enumerate(truths)
+    ]
     seen = SimpleNamespace(truths=truths, says=says, batches=[])
 
     def answered(_: object, __: object, batch: Sequence[Item]) -> list[str]:

@@ -64,3 +64,22 @@ def test_restored_batches_go_on(tiny_recipe: Callable[..., Recipe], number: int)
         assert a.keys == b.keys
         assert a.inputs.keys() == b.inputs.keys()
         assert all(a.inputs[name].equal(b.inputs[name]) for name in a.inputs)
+
+
+def test_pictures_and_frames_of_a_region_batch_stand_in_the_order_of_their_texts(
+    tiny_recipe: Callable[..., Recipe],
+) -> None:
+    recipe = tiny_recipe(
+        "stages.warmup.data=[{kind: regions}, {kind: frame_regions, frames: [1, 3]}]", "stages.warmup.batch.rows=6"
+    )
+    _, processor = build_model(recipe.model)
+    batch = make_batches(recipe.stages[0], processor, seed=0).next()
+    said = [processor.tokenizer.decode(ids, skip_special_tokens=True) for ids in batch.inputs["text_ids"]]
+    texts = [said[label] for label in batch.inputs["labels"]]
+    pictures, frames = batch.inputs["pixel_values"], batch.inputs["pixel_values_videos"]
+    cells = [c for p in pictures for row in p.split(16, 1) for c in row.split(16, 2)]
+    cells += [c for f in frames for row in f.split(16, 1) for c in row.split(16, 2)]
+    assert len(cells) == len(texts) == 16 * len(pictures) + 4 * len(frames)
+    assert len(pictures) and len(frames)
+    for cell, text in zip(cells, texts, strict=True):  # something bright stands where the text names something
+        assert (cell.amax(0).flatten().sort().values[-20:].mean() > -0.2) == (not text.endswith("nothing"))
