@@ -8,6 +8,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+# Read when torch is loaded: threads that wait must not spin, or a busy machine becomes many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import typer
 from rich.console import Console
 

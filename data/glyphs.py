@@ -231,8 +231,9 @@ def _row_column(scene: Scene, rng: np.random.Generator) -> Question:
 
 
 def _colour_at(scene: Scene, rng: np.random.Generator) -> Question:
-    cell = int(rng.choice([i for i, glyph in enumerate(scene.cells) if glyph]))
-    return Question("colour_at", f"what colour is at {CELLS[cell]} ?", CELLS[cell], scene.cells[cell].colour, cell)
+    colours = {i: glyph.colour for i, glyph in enumerate(scene.cells) if glyph}
+    cell = int(rng.choice(list(colours)))
+    return Question("colour_at", f"what colour is at {CELLS[cell]} ?", CELLS[cell], colours[cell], cell)
 
 
 def _where_is(scene: Scene, rng: np.random.Generator) -> Question | None:
@@ -343,11 +344,12 @@ def grounded_caption(scene: Scene, rng: np.random.Generator) -> str:
     off the picture at the place that is named.
     """
     wording = rng.integers(3)
+    objects = [(i, glyph.kind, glyph.colour) for i, glyph in enumerate(scene.cells) if glyph]
     phrases = []
-    for i in rng.permutation([i for i, glyph in enumerate(scene.cells) if glyph]):
-        place, glyph = CELLS[i], scene.cells[i]
-        what = f"{glyph.kind} {glyph.colour}"
-        phrases.append((f"{place} {what}", f"{glyph.kind} {place} {glyph.colour}", f"{_row_and_column(i)} {what}")[wording])
+    for k in rng.permutation(len(objects)):
+        i, kind, colour = objects[k]
+        words = ((CELLS[i], kind, colour), (kind, CELLS[i], colour), (_row_and_column(i), kind, colour))[wording]
+        phrases.append(" ".join(words))
     return " ; ".join(phrases) + " ."
 
 
@@ -412,9 +414,11 @@ def _regions(source: GlyphSource, rng: np.random.Generator, key: str) -> Documen
 def _frame_regions(source: GlyphSource, rng: np.random.Generator, key: str) -> Document:
     """A clip of digits and shapes and, frame by frame and cell by cell, what it holds."""
     frames = int(rng.integers(source.frames[0], source.frames[1] + 1))
-    cells = [[_draw(rng, DIGITS if rng.random() < 0.5 else SHAPES) if rng.random() < 0.7 else None for _ in range(4)] for _ in range(frames)]
-    pictures = np.stack([draw_cells(c, 2, source.split, rng) for c in cells])
-    return Document(key, (Video(pictures), *(Text(str(glyph or 'nothing'), loss=True) for frame in cells for glyph in frame)))
+    cells = [
+        _draw(rng, DIGITS if rng.random() < 0.5 else SHAPES) if rng.random() < 0.7 else None for _ in range(4 * frames)
+    ]
+    pictures = np.stack([draw_cells(cells[i : i + 4], 2, source.split, rng) for i in range(0, len(cells), 4)])
+    return Document(key, (Video(pictures), *(Text(str(glyph or "nothing"), loss=True) for glyph in cells)))
 
 
 def _caption(source: GlyphSource, rng: np.random.Generator, key: str) -> Document:

@@ -15,9 +15,9 @@ from rich.console import Console
 
 from ..data.glyphs import clip_colour_questions, digit_clip, encode_mp4
 from ..eval import report
-from ..vlm import reload_check
 from ..vlm.chat import Chat, load_media, load_model
 from ..vlm.export import export
+from ..vlm.reload_check import __file__ as RELOAD_SCRIPT
 from .checkpoint import newest_checkpoint
 from .loop import train
 from .recipe import Recipe, load_recipe
@@ -103,8 +103,15 @@ def _write_clip(path: Path) -> list[tuple[str, str]]:
 
 def _reload(out: Path, questions: list[str]) -> dict[str, list[str]]:
     """Answers of both exports from a process in which this package can't be imported."""
-    script = str(Path(reload_check.__file__))
-    command = [sys.executable, "-I", script, str(out / "model"), str(out / "stock"), str(out / "clip.mp4"), *questions]
+    command = [
+        sys.executable,
+        "-I",
+        RELOAD_SCRIPT,
+        str(out / "model"),
+        str(out / "stock"),
+        str(out / "clip.mp4"),
+        *questions,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     if done.returncode:
         raise RuntimeError(f"the exports can't be reloaded: {done.stderr.strip().splitlines()[-1:]}")

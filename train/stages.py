@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -11,6 +12,7 @@ from ..data.document import Image, Text, Video
 from ..data.glyphs import GlyphSource
 from ..data.mixture import Mixture
 from ..data.packing import Batch, Packer, collate
+from ..vlm.media import Video as DecodedVideo
 from ..vlm.media import load_image, load_video
 from ..vlm.model import FoveateForConditionalGeneration
 from ..vlm.processor import FoveateProcessor
@@ -41,6 +43,11 @@ class PackedBatches:
         self.packer.load_state_dict(state)
 
 
+def _frames(video: Video) -> np.ndarray:
+    """All frames of a video, [frames, height, width, 3]."""
+    return (video.source if isinstance(video.source, DecodedVideo) else load_video(video.source)).frames
+
+
 class RegionBatches:
     """Batches of images and frames with a text for each of their regions, for `RegionText`.
 
@@ -58,7 +65,7 @@ class RegionBatches:
         documents.sort(key=lambda document: isinstance(document.parts[0], Video))
         media = [document.parts[0] for document in documents]
         images = [load_image(part.source) for part in media if isinstance(part, Image)]
-        frames = [frame for part in media if isinstance(part, Video) for frame in load_video(part.source).frames]
+        frames = [frame for part in media if isinstance(part, Video) for frame in _frames(part)]
         texts = [part.text for document in documents for part in document.parts if isinstance(part, Text)]
         unique = sorted(set(texts))
         number = {text: i for i, text in enumerate(unique)}
@@ -155,7 +162,7 @@ def make_losses(
         inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
         assert head is not None
         regions = [
-            model.get_image_features(inputs[name]).pooler_output.flatten(0, 1)
+            model.get_image_features(inputs[name])["pooler_output"].flatten(0, 1)
             for name in ("pixel_values", "pixel_values_videos")
             if name in inputs
         ]

@@ -16,7 +16,7 @@ def main(code: str, stock: str, video: str, questions: list[str]) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     processor = AutoProcessor.from_pretrained(code, trust_remote_code=True)
-    models = {
+    models: dict[str, Any] = {
         "code": AutoModelForImageTextToText.from_pretrained(code, trust_remote_code=True),
         "stock": AutoModelForImageTextToText.from_pretrained(stock),
     }
@@ -51,4 +51,4 @@ def as_lfm2_vl(inputs: Any, processor: Any, config: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], sys.argv[4:])
+    main(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:])

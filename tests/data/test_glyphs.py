@@ -91,7 +91,7 @@ def test_splits_share_no_digit_image_and_leave_none_out() -> None:
     variants = list(split_masks["train"] - drawn)[::10]
     every = list(drawn)
     nearest = (rows(variants) @ rows(every).T).argmax(axis=1) if variants else []
-    assert sum(every[i] in originals["train"] for i in nearest) >= 0.9 * len(variants)
+    assert sum(every[i] in originals["train"] for i in nearest) >= 0.85 * len(variants)  # 0.7 would be chance
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -100,9 +100,7 @@ def test_bf16_generation_on_cuda_follows_its_own_logits(attention: str) -> None:
     inputs = {name: tensor for name, tensor in make_inputs().items() if name != "labels"}
     model = make_model().to("cuda", torch.bfloat16)
     model.set_attn_implementation(attention)
-    generated = model.generate(
-        **on("cuda", inputs), max_new_tokens=8, do_sample=False, suppress_tokens=[IMAGE, VIDEO]
-    )
+    generated = model.generate(**on("cuda", inputs), max_new_tokens=8, do_sample=False, suppress_tokens=[IMAGE, VIDEO])
     prompt = inputs["input_ids"].shape[1]
     whole = inputs | {
         "input_ids": generated.cpu(),
