@@ -1,5 +1,3 @@
 """Foveate: train vision-language models, and run them with fewer visual tokens and a smaller KV cache."""
 
-from importlib.metadata import version
-
-__version__ = version("foveate")
+__version__ = "0.1.0"

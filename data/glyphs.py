@@ -446,8 +446,10 @@ def _scene_chat(source: GlyphSource, rng: np.random.Generator, key: str) -> Docu
     questions: dict[int | None, Question] = {}
     for _ in range(4 * turns):
         question = SCENE_QUESTIONS[names[rng.integers(len(names))]](scene, rng)
-        if question is not None and len(questions) < turns:
+        if question is not None:
             questions.setdefault(question.cell, question)
+        if len(questions) == turns:
+            break
     return chat_document(key, _turns(list(questions.values()), "image"), [Image(scene.picture)], source.processor)
 
 

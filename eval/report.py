@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
+from .. import __version__
 from ..vlm.media import load_video
 from ..vlm.model import FoveateForConditionalGeneration
 from ..vlm.processor import FoveateProcessor
@@ -40,7 +41,8 @@ def run_facts(command: str) -> dict[str, Any]:
         "device": f"{device}, {torch.get_num_threads()} threads",
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("foveate", "torch", "transformers", "av")},
+            "foveate": __version__,
+            **{name: version(name) for name in ("torch", "transformers", "av")},
         },
     }
 

@@ -39,6 +39,16 @@ def digits_only(model: FoveateForConditionalGeneration, processor: FoveateProces
     model.generation_config.suppress_tokens = [i for i in range(len(processor.tokenizer)) if i not in allowed]
 
 
+def assert_cache_holds_its_tokens(chat: Chat, pixels: Any) -> None:
+    """Keys and values are those of one pass over the cached tokens."""
+    assert chat.cache is not None and chat.cache.get_seq_length() == len(chat.cached_ids)
+    with torch.no_grad():
+        fresh = chat.model(input_ids=torch.tensor([chat.cached_ids]), use_cache=True, **pixels).past_key_values
+    for layer, expected in zip(chat.cache.layers, fresh.layers, strict=True):
+        torch.testing.assert_close(layer.keys, expected.keys, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(layer.values, expected.values, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("llm", ["qwen2", "gpt2", "gemma2"])
 def test_turns_on_one_cache_answer_as_asked_afresh(tiny: Any, llm: str) -> None:
     model, processor = tiny.model(llm_name=llm, dtype=torch.float64), tiny.processor()
@@ -57,6 +67,9 @@ def test_turns_on_one_cache_answer_as_asked_afresh(tiny: Any, llm: str) -> None:
         assert processor.decode(alone, skip_special_tokens=True).strip() == answer.text
         assert (answer.prompt_tokens, answer.new_tokens) == (inputs["input_ids"].shape[1], 6)
         assert answer.visual_tokens == 5 * 4
+        if llm != "gemma2":  # its sliding window forgets
+            pixels = {k: v for k, v in inputs.items() if k.startswith("pixel")}
+            assert_cache_holds_its_tokens(chat, pixels)
     assert [m["role"] for m in chat.messages] == ["user", "assistant"] * 3
 
 
@@ -93,7 +106,7 @@ def test_media_stand_first_in_their_order(tiny: Any) -> None:
         "Describe.<|im_end|>\n<|im_start|>assistant\n"
     )
     assert calls[0]["input_ids"].tolist() == [processor.tokenizer(text)["input_ids"]]
-    first_image = torch.from_numpy(np.asarray(tiny.image(1))).permute(2, 0, 1) / 127.5 - 1
+    first_image = torch.from_numpy(np.array(tiny.image(1))).permute(2, 0, 1) / 127.5 - 1
     torch.testing.assert_close(calls[0]["pixel_values"][0], first_image)
     frames = np.concatenate([tiny.frames(0, 2), tiny.frames(3, 1)])
     torch.testing.assert_close(
@@ -161,6 +174,23 @@ def test_an_interrupted_answer_leaves_the_conversation_as_it_was(tiny: Any, turn
     assert chat.messages == undisturbed.messages
     for question in QUESTIONS[turn:]:
         assert chat.ask(question, max_new_tokens=5).text == undisturbed.ask(question, max_new_tokens=5).text
+
+
+def test_a_turn_interrupted_before_its_new_cache_is_filled(tiny: Any) -> None:
+    """A full sliding window can't be cropped, so the second turn encodes the media again and is interrupted there."""
+    model, processor = tiny.model(llm_name="gemma2", dtype=torch.float64), tiny.processor()
+    chat, undisturbed = (Chat(model, processor, media(tiny)) for _ in range(2))
+    for c in (chat, undisturbed):
+        c.ask(QUESTIONS[0], max_new_tokens=8)
+
+    def interrupt(module: nn.Module, args: tuple) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.vision_tower.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        chat.ask(QUESTIONS[1], max_new_tokens=8)
+    hook.remove()
+    assert chat.ask(QUESTIONS[1], max_new_tokens=8).text == undisturbed.ask(QUESTIONS[1], max_new_tokens=8).text
 
 
 def test_a_saved_model_is_loaded_in_its_own_dtype(tiny: Any, tmp_path: Path) -> None:
