@@ -5,7 +5,7 @@ import os
 # Read when the libraries are imported, so set first.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin slow a busy machine down
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as cli.py does: threads that spin slow a busy machine down
 
 import random
 from collections.abc import Callable, Iterator

@@ -21,6 +21,7 @@ IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
 
 # ChatML with content lists; the assistant's words (and its end of turn) are marked as what a model is trained on.
 CHAT_TEMPLATE = """
+{%- if bos_token -%}{{- bos_token -}}{%- endif -%}
 {%- for message in messages -%}
 {{- '<|im_start|>' + message.role + '\n' -}}
 {%- if message.role == 'assistant' -%}
