@@ -8,8 +8,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-# Read when torch is loaded: a waiting thread spins so many times before it sleeps. The default is many times slower on a
-# busy machine, and not to spin at all a third slower on an idle one.
+# Read when torch is loaded: how often a waiting thread looks again before it sleeps. The default makes small steps many
+# times slower on a busy machine; never to look again makes them half as slow again on an idle one.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import typer

@@ -25,6 +25,7 @@ SPLITS = ("train", "dev", "test")
 CELL = 16  # pixels
 GLYPH = 13  # pixels that a glyph fills at most
 DIGITS = tuple("0123456789")
+REGION_DIGITS = 0.75  # of the glyphs that a tower is warmed up on: digits are what takes longest to learn
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
 KINDS = DIGITS + SHAPES
 COLOURS = {
@@ -164,12 +165,12 @@ class Scene:
     picture: np.ndarray
 
 
-def random_scene(rng: np.random.Generator, split: str, objects: tuple[int, int]) -> Scene:
-    """A scene with so many objects (lowest, highest); digits and shapes equally likely."""
+def random_scene(rng: np.random.Generator, split: str, objects: tuple[int, int], digits: float = 0.5) -> Scene:
+    """A scene with so many objects (lowest, highest), of which the fraction `digits` are digits, the others shapes."""
     count = rng.integers(objects[0], objects[1] + 1)
     cells: list[Glyph | None] = [None] * len(CELLS)
     for cell in rng.permutation(len(CELLS))[:count]:
-        cells[cell] = _draw(rng, DIGITS if rng.random() < 0.5 else SHAPES)
+        cells[cell] = _draw(rng, DIGITS if rng.random() < digits else SHAPES)
     return Scene(tuple(cells), draw_cells(cells, SIDE, split, rng))
 
 
@@ -389,7 +390,7 @@ class GlyphSource:
 
 def _regions(source: GlyphSource, rng: np.random.Generator, key: str) -> Document:
     """A scene and, cell by cell, what it holds: for the region-text objective."""
-    scene = random_scene(rng, source.split, source.objects)
+    scene = random_scene(rng, source.split, source.objects, REGION_DIGITS)
     texts = (Text(f"{cell} {glyph or 'nothing'}", loss=True) for cell, glyph in zip(CELLS, scene.cells, strict=True))
     return Document(key, (Image(scene.picture), *texts))
 
@@ -398,7 +399,8 @@ def _frame_regions(source: GlyphSource, rng: np.random.Generator, key: str) -> D
     """A clip of digits and shapes and, frame by frame and cell by cell, what it holds."""
     frames = int(rng.integers(source.frames[0], source.frames[1] + 1))
     cells = [
-        _draw(rng, DIGITS if rng.random() < 0.5 else SHAPES) if rng.random() < 0.9 else None for _ in range(4 * frames)
+        _draw(rng, DIGITS if rng.random() < REGION_DIGITS else SHAPES) if rng.random() < 0.9 else None
+        for _ in range(4 * frames)
     ]
     pictures = np.stack([draw_cells(cells[i : i + 4], 2, source.split, rng) for i in range(0, len(cells), 4)])
     return Document(key, (Video(pictures), *(Text(str(glyph or "nothing"), loss=True) for glyph in cells)))
