@@ -1,6 +1,7 @@
 """The command `foveate`: each subcommand calls one function."""
 
 import json
+import logging
 import os
 import sys
 import time
@@ -58,6 +59,7 @@ def quickstart(
     """Train the tiny model on the embedded data, evaluate it, export it, and question a real mp4 file."""
     from .train.quickstart import run_quickstart
 
+    _quiet_libraries()
     run_quickstart(out, Console())
 
 
@@ -76,6 +78,7 @@ def train(
     from .train.loop import train as run
     from .train.recipe import load_recipe
 
+    _quiet_libraries()
     console = Console()
     loaded = load_recipe(recipe, overrides or [])
     folder = out or Path("runs") / loaded.name
@@ -175,19 +178,26 @@ def evaluate(
 
 
 def _load(model: str, device: str | None = None) -> "tuple[FoveateForConditionalGeneration, FoveateProcessor]":
-    """Loads a model; transformers' progress bars are left out for its files on disk, not for downloads."""
+    """Loads a model from a folder or by name."""
     if not os.path.isdir(model) and (
         os.path.exists(model) or model.startswith((".", "/", "~")) or model.count("/") > 1
     ):
         raise typer.BadParameter(f"{model}: no such folder")
+    _quiet_libraries()
+    from .vlm.chat import load_model
+
+    return load_model(model, device)
+
+
+def _quiet_libraries() -> None:
+    """Leaves out transformers' progress bars for files on disk (not for downloads), and DeepSpeed's word that it found
+    no GPU."""
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
-    from .vlm.chat import load_model
-
     disable_progress_bar()
     enable_progress_bars()
-    return load_model(model, device)
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
 def _split_question(arguments: list[str]) -> tuple[list[str], str | None]:

@@ -75,15 +75,18 @@ def run_quickstart(
             {"question": question, "answer": said, "truth": truth}
             | {f"answer_{name}": answers[i] for name, answers in reloaded.items()}
         )
-        console.print(f'foveate ask {out / "model"} {out / "clip.mp4"} "{question}"  →  {said}  (truth: {truth})')
+        console.print(
+            f'foveate ask {out / "model"} {out / "clip.mp4"} "{question}"  →  {said}  (truth: {truth})', soft_wrap=True
+        )
     (out / "ask.json").write_text(json.dumps(asked, indent=1))
 
     console.rule(f"4 evaluate on held-out digits, {questions} questions a task")
     results = report.evaluate_tasks(model, processor, questions, "test", console)
+    packed = [s for s, stage in zip(summaries, recipe.stages, strict=True) if stage.objective == "next_token"]
     metrics = report.run_facts("foveate quickstart") | {
         "training_seconds": sum(s["seconds"] for s in summaries),
         "stages": summaries,
-        "packing_waste": 1 - sum(s["tokens"] for s in summaries[1:]) / sum(s["positions"] for s in summaries[1:]),
+        "packing_waste": 1 - sum(s["tokens"] for s in packed) / sum(s["positions"] for s in packed),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "tasks": {task: result.summary() for task, result in results.items()},
         "total_seconds": time.perf_counter() - began,

@@ -336,6 +336,6 @@ def tower_config(vision: str | PathLike, **source: Any) -> PreTrainedConfig:
     """The tower's configuration at a name or directory, also where it is a part of CLIP's or SigLIP's."""
     config = AutoConfig.from_pretrained(vision, **source)
     config = getattr(config, "vision_config", config)
-    if hasattr(config, "vision_use_head"):
+    if config.model_type in ("siglip_vision_model", "siglip2_vision_model"):
         config.vision_use_head = False  # the pooling head is not used, so it need not be built or trained
     return config
