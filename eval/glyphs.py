@@ -11,6 +11,7 @@ import torch
 from ..data.glyphs import (
     SCENE_QUESTIONS,
     SPLITS,
+    Clip,
     Question,
     clip_colour_questions,
     digit_clip,
@@ -26,11 +27,15 @@ from .statistics import wilson_interval
 
 @dataclass(frozen=True)
 class Item:
-    """A question about one medium: an image array, or an mp4 file's bytes with the frames to take of it."""
+    """A question about one medium: an image array, or an mp4 file's bytes with the frames to take of it.
+
+    `answer_frame` is the first frame that shows the answer.
+    """
 
     question: Question
     media: np.ndarray | bytes
     frames: int = 0
+    answer_frame: int = 0
 
 
 def _scene_item(name: str) -> Callable[[np.random.Generator, str], Item]:
@@ -44,11 +49,16 @@ def _scene_item(name: str) -> Callable[[np.random.Generator, str], Item]:
     return make
 
 
+def _first_frame(clip: Clip, kind: str) -> int:
+    return next(i for i, cells in enumerate(clip.cells) if any(glyph and glyph.kind == kind for glyph in cells))
+
+
 def _clip_item(frames: int) -> Callable[[np.random.Generator, str], Item]:
     def make(rng: np.random.Generator, split: str) -> Item:
         clip = digit_clip(rng, split, frames, digits=int(rng.integers(1, 5)))
         questions = clip_colour_questions(clip)
-        return Item(questions[rng.integers(len(questions))], encode_mp4(clip.frames, scale=4), frames)
+        question = questions[rng.integers(len(questions))]
+        return Item(question, encode_mp4(clip.frames, scale=4), frames, _first_frame(clip, question.subject))
 
     return make
 
@@ -56,7 +66,8 @@ def _clip_item(frames: int) -> Callable[[np.random.Generator, str], Item]:
 def _needle_item(frames: int) -> Callable[[np.random.Generator, str], Item]:
     def make(rng: np.random.Generator, split: str) -> Item:
         clip = needle_clip(rng, split, frames)
-        return Item(needle_questions(clip)[0], encode_mp4(clip.frames, scale=4), frames)
+        question = needle_questions(clip)[0]
+        return Item(question, encode_mp4(clip.frames, scale=4), frames, _first_frame(clip, question.fact))
 
     return make
 

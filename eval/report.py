@@ -108,34 +108,42 @@ def answer_each(
 
 
 def examples_picture(items: Sequence[Item], answers: Sequence[str]) -> bytes:
-    """A PNG with each item's picture or some of its frames, its question, answer and truth."""
-    figure = plt.figure(figsize=(11, 1.75 * -(-len(items) // 2)))
-    outer = figure.add_gridspec(-(-len(items) // 2), 2, hspace=0.75, wspace=0.08)
-    for i, (item, said) in enumerate(zip(items, answers, strict=True)):
-        shown, captions = _shown_frames(item)
-        cell = outer[i // 2, i % 2].subgridspec(1, 6, wspace=0.06)
-        for k, (frame, caption) in enumerate(zip(shown, captions, strict=True)):
-            axes = figure.add_subplot(cell[0, k])
-            axes.imshow(frame, interpolation="nearest")
-            axes.set_axis_off()
-            axes.text(0.5, -0.08, caption, transform=axes.transAxes, ha="center", va="top", fontsize=6, color="0.4")
-            if k == 0:
-                right = said == item.question.answer
-                truth = "" if right else f"  (truth: {item.question.answer})"
-                axes.text(
-                    0, 1.1, f"{item.question.text}  →  {said}{truth}", transform=axes.transAxes, fontsize=9,
-                    color="#116611" if right else "#aa1111", ha="left",
-                )  # fmt: skip
+    """A PNG with each item's picture or some of its frames, its question, answer and truth: stills, then clips."""
+    stills = [pair for pair in zip(items, answers, strict=True) if not isinstance(pair[0].media, bytes)]
+    clips = [pair for pair in zip(items, answers, strict=True) if isinstance(pair[0].media, bytes)]
+    figure = plt.figure(figsize=(11, 2.9 + 1.85 * len(clips)))
+    rows = figure.add_gridspec(1 + len(clips), 1, height_ratios=[2.4] + [1.35] * len(clips), hspace=0.45)
+    row = rows[0].subgridspec(1, max(4, len(stills)), wspace=0.12)
+    for k, (item, said) in enumerate(stills):
+        _show(figure.add_subplot(row[k]), item.media, "", f"{item.question.text}\n{_verdict(item, said)}", item, said)
+    for r, (item, said) in enumerate(clips):
+        frames, numbers = _shown_frames(item)
+        row = rows[1 + r].subgridspec(1, 8, wspace=0.06)
+        title = f"{item.question.text}  →  {_verdict(item, said)}"
+        for k, (frame, number) in enumerate(zip(frames, numbers, strict=True)):
+            caption = f"frame {number + 1} / {item.frames}"
+            _show(figure.add_subplot(row[k]), frame, caption, "" if k else title, item, said)
     return _png(figure)
 
 
-def _shown_frames(item: Item) -> tuple[list[np.ndarray], list[str]]:
-    """A still, or six frames of a clip; of a haystack those around the needle can't be told, so evenly spread."""
-    if not isinstance(item.media, bytes):
-        return [item.media], [""]
+def _verdict(item: Item, said: str) -> str:
+    return said if said == item.question.answer else f"{said}  (truth: {item.question.answer})"
+
+
+def _show(axes: Any, picture: Any, caption: str, title: str, item: Item, said: str) -> None:
+    axes.imshow(picture, interpolation="nearest")
+    axes.set_axis_off()
+    axes.text(0.5, -0.05, caption, transform=axes.transAxes, ha="center", va="top", fontsize=7, color="0.4")
+    colour = "#116611" if said == item.question.answer else "#aa1111"
+    axes.text(0, 1.04, title, transform=axes.transAxes, fontsize=9, color=colour, ha="left", va="bottom")
+
+
+def _shown_frames(item: Item) -> tuple[list[np.ndarray], list[int]]:
+    """Up to eight frames of a clip, evenly spread, the one that shows the answer among them; and their numbers."""
     frames = load_video(item.media, num_frames=item.frames).frames
-    chosen = np.linspace(0, len(frames) - 1, min(6, len(frames))).round().astype(int)
-    return [frames[i] for i in chosen], [f"frame {i + 1} of {len(frames)}" for i in chosen]
+    numbers = np.linspace(0, len(frames) - 1, min(8, len(frames))).round().astype(int)
+    numbers[np.abs(numbers - item.answer_frame).argmin()] = item.answer_frame
+    return [frames[i] for i in numbers], numbers.tolist()
 
 
 def loss_picture(metrics: Sequence[dict[str, Any]]) -> bytes:
