@@ -22,7 +22,10 @@ export PYTHONPATH="$links${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 WANDB_MOD
 commit=${COMMIT:-$(git -C "$root" rev-parse HEAD 2>/dev/null || echo unknown)}
 cd "$links" # not the root: its kernels/ would be found in the place of the library of that name
 
-"$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"'
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+  echo "gpu_suite: $python (set PYTHON) has no torch that sees a CUDA device" >&2
+  exit 2
+fi
 status=0
 for piece in "${pieces[@]}"; do
   case $piece in
