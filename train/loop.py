@@ -136,6 +136,7 @@ def train(
                         **{f"lr_{group['part']}": group["lr"] for group in optimizer.param_groups},
                     })  # fmt: skip
                 stopping = interruption.wanted
+                saving_began = time.perf_counter()
                 if step % recipe.checkpoint.every_steps == 0 or last or stopping:
                     saved = {"weights": weight_tensors(model)}
                     if not last:
@@ -152,6 +153,7 @@ def train(
                         | {"recipe": recipe.model_dump(mode="json")},
                         recipe.checkpoint.keep,
                     )
+                summary.seconds += time.perf_counter() - saving_began
                 if after_step:
                     after_step(step)
                 if stopping:
