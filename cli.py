@@ -130,10 +130,10 @@ def ask(
         print()
         return
     seconds = {
-        "load": round(after_load - began, 4),
-        "media": round(media_s, 4),
-        "prefill": round(answer.prefill_s, 4),
-        "decode": round(answer.decode_s, 4),
+        "load": after_load - began,
+        "media": media_s,
+        "prefill": answer.prefill_s,
+        "decode": answer.decode_s,
     }
     tokens = {"prompt": answer.prompt_tokens, "visual": answer.visual_tokens, "new": answer.new_tokens}
     print(

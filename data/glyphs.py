@@ -42,7 +42,7 @@ CELLS = tuple(f"{column}{row}" for row in range(1, SIDE + 1) for column in "abcd
 WORDS = (
     *KINDS, *COLOURS, *CELLS, "nothing", "what", "is", "at", "colour", "where", "the", "in", "row", "column",
     "which", "digit", "appears", "does", "have", "?", ".", ";", ",", "a", "scene", "clip", "has", "and", "image",
-    "then", "picture", "of", "it", "there", "1", "2", "3", "4",
+    "then", "picture", "of", "it", "there",
 )  # fmt: skip
 
 CHAT_TEMPLATE = (

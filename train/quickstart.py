@@ -20,10 +20,11 @@ from ..vlm.export import export
 from ..vlm.reload_check import __file__ as RELOAD_SCRIPT
 from .checkpoint import newest_checkpoint
 from .loop import train
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe, RecipeError, load_recipe
 from .tracking import read_metrics
 
 QUESTIONS = 500  # a task
+MARK = ".quickstart"  # the file that says that a run in a folder is ours to replace
 
 
 def run_quickstart(
@@ -33,25 +34,20 @@ def run_quickstart(
 
     Writes to `out`: `metrics.json`, `report.html`, `examples.png`, `clip.mp4`, `ask.json`, `model/` (export with code),
     `stock/` (export as a stock architecture) and `train/` (the run: checkpoints, metrics). An unfinished run in `out`
-    is gone on with, a finished one is replaced.
+    is gone on with, a finished one is replaced; a folder that holds anything else is refused.
 
     Args:
         out: folder.
         console: where progress is shown.
         recipe: another recipe than the shipped `quickstart`, of a model with the same tasks.
         questions: asked per task.
+
+    Raises:
+        RecipeError: `out` holds files that no quickstart wrote.
     """
     recipe = recipe or load_recipe("quickstart")
     began = time.perf_counter()
-    resume = (
-        newest_checkpoint(out / "train" / "checkpoints") is not None and not (out / "train" / "stages.json").exists()
-    )
-    if resume:
-        console.print(f"going on with the unfinished run in {out}")
-    elif out.exists():
-        console.print(f"replacing the run in {out}")
-        for name in ("train", "model", "stock"):
-            shutil.rmtree(out / name, ignore_errors=True)
+    resume = _prepare(out, console)
     console.rule(f"1 train: {len(recipe.stages)} stages")
     summaries = [asdict(summary) for summary in train(recipe, out / "train", resume=resume, console=console)]
     report.print_stages(summaries, console)
@@ -95,6 +91,25 @@ def run_quickstart(
     _write_report(out, model, processor, metrics, results, asked)
     console.print(f"{metrics['total_seconds']:.0f} s in all; report in {out / 'report.html'}")
     return metrics
+
+
+def _prepare(out: Path, console: Console) -> bool:
+    """Makes the folder ready; True where an unfinished run in it is to be gone on with."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (out / MARK).is_file():
+        raise RecipeError(
+            f"{out} holds files that no quickstart wrote; accepted: a new or empty folder, or such a run's"
+        )
+    if newest_checkpoint(out / "train" / "checkpoints") and not (out / "metrics.json").exists():
+        console.print(f"going on with the unfinished run in {out}")
+        return True
+    if (out / MARK).exists():
+        console.print(f"replacing the run in {out}")
+        (out / "metrics.json").unlink(missing_ok=True)
+        for name in ("train", "model", "stock"):
+            shutil.rmtree(out / name, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARK).write_text("A folder that foveate quickstart wrote, and may replace.\n")
+    return False
 
 
 def _write_clip(path: Path) -> list[tuple[str, str]]:

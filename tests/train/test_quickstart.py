@@ -10,18 +10,22 @@ from rich.console import Console
 
 from foveate.eval.glyphs import TASKS
 from foveate.train.quickstart import run_quickstart
-from foveate.train.recipe import load_recipe
+from foveate.train.recipe import Recipe, RecipeError, load_recipe
 from foveate.vlm.media import probe_video
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    folder = tmp_path_factory.mktemp("quickstart")
+def recipe() -> Recipe:
     stages = ("tower-warmup", "align", "interleaved", "instruct", "video", "long-context")
     shrunk = [f"stages.{stage}.{field}" for stage in stages for field in ("steps=1", "warmup_steps=0")]
-    recipe = load_recipe(
+    return load_recipe(
         "quickstart", [*shrunk, "tracking.wandb=disabled", "threads=2", "stages.long-context.data.0.frames=[2,4]"]
     )
+
+
+@pytest.fixture(scope="module")
+def run(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("quickstart")
     printed = io.StringIO()
     run_quickstart(folder, Console(file=printed, width=200), recipe, questions=2)
     return folder, printed.getvalue()
@@ -65,3 +69,30 @@ def test_clip_report_and_pictures_are_what_they_say(run: tuple[Path, str]) -> No
 def test_each_stage_logs_its_loss(run: tuple[Path, str]) -> None:
     lines = [json.loads(line) for line in (run[0] / "train" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("kept", ["train", "model", "stock"])
+def test_folders_of_others_are_left_alone(kept: str, recipe: Recipe, tmp_path: Path) -> None:
+    file = tmp_path / kept / "mine.txt"
+    file.parent.mkdir()
+    file.write_text("mine")
+    with pytest.raises(RecipeError, match="no quickstart wrote"):
+        run_quickstart(tmp_path, Console(file=io.StringIO()), recipe, questions=2)
+    assert sorted(tmp_path.rglob("*")) == [file.parent, file]
+    assert file.read_text() == "mine"
+
+
+def test_a_run_stopped_after_training_does_not_train_again_and_a_finished_one_is_replaced(
+    run: tuple[Path, str], recipe: Recipe
+) -> None:
+    folder, _ = run
+    checkpoint = max((folder / "train" / "checkpoints").iterdir()) / "manifest.json"
+    written_at = checkpoint.stat().st_mtime_ns
+    (folder / "metrics.json").unlink()
+    printed = io.StringIO()
+    run_quickstart(folder, Console(file=printed, width=200), recipe, questions=1)
+    assert "going on with the unfinished run" in printed.getvalue()
+    assert checkpoint.stat().st_mtime_ns == written_at
+    run_quickstart(folder, Console(file=printed, width=200), recipe, questions=1)
+    assert "replacing the run" in printed.getvalue()
+    assert checkpoint.stat().st_mtime_ns > written_at
