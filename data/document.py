@@ -16,6 +16,39 @@ ImageSource: TypeAlias = str | PathLike | bytes | PILImage.Image | np.ndarray
 VideoSource: TypeAlias = str | PathLike | bytes | np.ndarray | Sequence[PILImage.Image | np.ndarray] | DecodedVideo
 
 
+# Why a document can't be used.
+REASONS = (
+    "truncated_shard",  # the tar ends inside the document
+    "bad_json",
+    "bad_record",  # JSON, but no document of an accepted layout
+    "missing_media",  # the record names an image or video that is not there
+    "unreadable_media",
+    "too_large",  # a medium is over a limit of MediaLimits
+    "unsafe_name",  # a path that leads out of its folder
+    "pickled_member",  # a member that only unpickling could read
+    "too_long",  # more tokens or tiles than a row accepts
+    "empty",
+)
+
+
+class DocumentError(ValueError):
+    """A document can't be used; it is counted by its reason, never replaced by another.
+
+    Args:
+        key: the document's key; the message begins with it.
+        reason: one of `REASONS`.
+        message: what is wrong and what would be accepted.
+    """
+
+    def __init__(self, key: str, reason: str, message: str):
+        assert reason in REASONS, reason
+        super().__init__(f"{key}: {message}")
+        self.key, self.reason, self.message = key, reason, message
+
+    def __reduce__(self) -> tuple:  # so that it comes back whole from a worker process
+        return type(self), (self.key, self.reason, self.message)
+
+
 @dataclass(frozen=True)
 class Text:
     """A run of text; `loss` says whether its tokens are predicted."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image as PILImage
 
-from ..vlm.media import MediaError, MediaLimits, load_image, load_video
+from ..vlm.media import MediaError, MediaLimitError, MediaLimits, load_image, load_video
 from ..vlm.media import Video as DecodedVideo
 from ..vlm.processor import FoveateProcessor
 from ..vlm.tiling import to_tiles
-from .document import Document, Image, Text, Video
+from .document import Document, DocumentError, Image, Text, Video
 
 IGNORE = -100
 
@@ -41,8 +41,7 @@ def encode(document: Document, processor: FoveateProcessor, limits: MediaLimits 
     """Tokenizes a document as one text, its media placeholders expanded.
 
     Raises:
-        MediaError: a medium can't be read; the message begins with the document's key.
-        ValueError: the document has no tokens, or its text holds a media placeholder of its own.
+        DocumentError: a medium can't be read, the document has no tokens, or its text holds a media placeholder.
     """
     limits = limits or MediaLimits()
     text = ""
@@ -52,7 +51,9 @@ def encode(document: Document, processor: FoveateProcessor, limits: MediaLimits 
     for part in document.parts:
         if isinstance(part, Text):
             if processor.image_token in part.text or processor.video_token in part.text:
-                raise ValueError(f"{document.key}: a text holds a media placeholder; accepted: text without one")
+                raise DocumentError(
+                    document.key, "bad_record", "a text holds a media placeholder; accepted: text without one"
+                )
             if part.loss:
                 spans.append((len(text), len(text) + len(part.text)))
             text += part.text
@@ -68,7 +69,9 @@ def encode(document: Document, processor: FoveateProcessor, limits: MediaLimits 
     encoded = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     input_ids = np.asarray(encoded["input_ids"], dtype=np.int64)
     if not len(input_ids):
-        raise ValueError(f"{document.key}: the document is empty; accepted: at least one part with text or media")
+        raise DocumentError(
+            document.key, "empty", "the document is empty; accepted: at least one part with text or media"
+        )
     offsets = np.asarray(encoded["offset_mapping"], dtype=np.int64)
     labels = np.full_like(input_ids, IGNORE)
     for start, end in spans:
@@ -103,4 +106,5 @@ def _naming(key: str) -> Iterator[None]:
     try:
         yield
     except MediaError as error:
-        raise MediaError(f"{key}: {error}") from error
+        reason = "too_large" if isinstance(error, MediaLimitError) else "unreadable_media"
+        raise DocumentError(key, reason, str(error)) from error

@@ -45,6 +45,10 @@ class MediaError(ValueError):
     """An image or a video that can't be read. The message starts with its name and says why."""
 
 
+class MediaLimitError(MediaError):
+    """An image or a video that is over one of `MediaLimits`."""
+
+
 @dataclass(frozen=True)
 class MediaLimits:
     """What is refused before it costs memory."""
@@ -108,7 +112,7 @@ def _reading(name: str) -> Iterator[None]:
 
 def _check_bytes(size: int, name: str, limits: MediaLimits) -> None:
     if size > limits.max_bytes:
-        raise MediaError(f"{name}: {size} bytes, the limit max_bytes accepts up to {limits.max_bytes}")
+        raise MediaLimitError(f"{name}: {size} bytes, the limit max_bytes accepts up to {limits.max_bytes}")
 
 
 def _check_pixels(width: int, height: int, name: str, limits: MediaLimits) -> None:
@@ -116,7 +120,7 @@ def _check_pixels(width: int, height: int, name: str, limits: MediaLimits) -> No
         raise MediaError(f"{name}: the picture is {width}x{height}, expected at least one pixel")
     if width * height > limits.max_pixels:
         accepted = f"the limit max_pixels accepts up to {limits.max_pixels}"
-        raise MediaError(f"{name}: {width}x{height} is {width * height} pixels, {accepted}")
+        raise MediaLimitError(f"{name}: {width}x{height} is {width * height} pixels, {accepted}")
 
 
 def _data_uri_bytes(uri: str, name: str, limits: MediaLimits) -> bytes:
@@ -534,7 +538,7 @@ def _sampled(
         return sample_indices(times_s, num_frames=num_frames, fps=fps, max_frames=limits.max_frames)
     if len(times_s) > limits.max_frames:
         accepted = f"the limit max_frames accepts up to {limits.max_frames}; pass num_frames or fps"
-        raise MediaError(f"{name}: {len(times_s)} frames, {accepted}")
+        raise MediaLimitError(f"{name}: {len(times_s)} frames, {accepted}")
     return np.arange(len(times_s))
 
 

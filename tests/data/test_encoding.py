@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
-from foveate.data.document import Document, Image, Text, Video, chat_document
+from foveate.data.document import Document, DocumentError, Image, Text, Video, chat_document
 from foveate.data.encoding import Sample, encode
 from foveate.data.glyphs import KIND_BUILDERS, GlyphSource, encode_mp4
 from foveate.data.packing import collate
-from foveate.vlm.media import MediaError, load_video
+from foveate.vlm.media import load_video
 from foveate.vlm.processor import FoveateProcessor
 
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
@@ -139,16 +139,16 @@ def test_frames_given_as_such_are_all_kept_unless_a_number_is_named(processor: F
 def test_media_that_cannot_be_read_are_named_with_their_document(
     processor: FoveateProcessor, part: Image | Video
 ) -> None:
-    with pytest.raises(MediaError, match=r"^a/key: "):
+    with pytest.raises(DocumentError, match=r"^a/key: "):
         encode(Document("a/key", (part, Text("red", loss=True))), processor)
 
 
 def test_a_cut_file_is_an_error_not_another_picture(processor: FoveateProcessor, tmp_path: Path) -> None:
     PILImage.fromarray(NOISE).save(tmp_path / "whole.png")
     data = (tmp_path / "whole.png").read_bytes()
-    with pytest.raises(MediaError, match=r"^a/key: "):
+    with pytest.raises(DocumentError, match=r"^a/key: "):
         encode(Document("a/key", (Image(data[: len(data) // 2]),)), processor)
-    with pytest.raises(MediaError, match=r"^a/key: "):
+    with pytest.raises(DocumentError, match=r"^a/key: "):
         encode(Document("a/key", (Video(grey_mp4(12)[:400]),)), processor)
 
 
