@@ -29,6 +29,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+from .data.commands import app as data_app
+
+app.add_typer(data_app, name="data")
+
 UsageError: Any = typer.BadParameter.__base__  # click's own, of which newer typers carry a copy
 STOPPED = 130  # the exit code that typer turns Ctrl-C into
 
@@ -73,17 +77,66 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/ and the recipe's name.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in --out.")] = False,
+    auto_resume: Annotated[
+        bool, typer.Option("--auto-resume", help="Go on where --out holds a checkpoint, begin where it does not.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check recipe, sources and every stage's first batches; train nothing.")
+    ] = False,
+    processes: Annotated[int, typer.Option(min=1, help="With --dry-run: of how many processes.")] = 1,
 ) -> None:
-    """Train a recipe's stages; checkpoints and metrics go to --out, the model to its folder `model`."""
-    from .train.loop import train as run
+    """Train a recipe's stages; checkpoints and metrics go to --out, the model to its folder `model`.
+
+    Several processes: `torchrun --no-python foveate train …`, or the scripts in scripts/.
+    """
     from .train.recipe import load_recipe
 
     _quiet_libraries()
     console = Console()
     loaded = load_recipe(recipe, overrides or [])
+    if dry_run:
+        from .train.dryrun import dry_run as check
+        from .train.dryrun import print_checks
+
+        print_checks(check(loaded, processes), console)
+        return
+    from .train.loop import Requeue
+    from .train.loop import train as run
+
     folder = out or Path("runs") / loaded.name
-    run(loaded, folder, resume=resume, console=console)
-    console.print(f"model in {folder / 'model'}")
+    try:
+        run(loaded, folder, resume="auto" if auto_resume else resume, console=console)
+    except Requeue:
+        print(f"stopped by a signal and saved; --resume goes on with {folder}", file=sys.stderr)
+        return
+    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+        console.print(f"model in {folder / 'model'}")
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A run's checkpoint, such as runs/mine/checkpoints/step-00000500.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write; new or empty.", metavar="OUT")],
+) -> None:
+    """Write a training checkpoint, of any engine and number of processes, as one model directory."""
+    from .train.build import convert_checkpoint
+
+    _quiet_libraries()
+    convert_checkpoint(checkpoint, out)
+    print(f"model in {out}")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a training run.", metavar="RUN")],
+    out: Annotated[Path | None, typer.Option(help="The page to write. Default: report.html in RUN.")] = None,
+) -> None:
+    """Make an HTML page of a run: loss, rates, memory, packing, gradient norms, documents that could not be used."""
+    from .train.report import write_report
+
+    print(f"report in {write_report(run, out)}")
 
 
 @app.command()

@@ -32,6 +32,15 @@ class Sample:
     frames: np.ndarray
 
     @property
+    def tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def loss_tokens(self) -> int:
+        """How many tokens are predicted."""
+        return int((self.labels != IGNORE).sum())
+
+    @property
     def tiles(self) -> int:
         """What the tower has to encode, in tiles."""
         return len(self.images) + len(self.frames)

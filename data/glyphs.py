@@ -361,6 +361,7 @@ class GlyphSource:
         turns: lowest and highest number of questions about a scene.
         frames: lowest and highest number of frames in a clip.
         images: lowest and highest number of images in an interleaved page.
+        documents: how many there are; None where there is no end.
     """
 
     kind: str
@@ -371,6 +372,7 @@ class GlyphSource:
     turns: tuple[int, int] = (4, 12)
     frames: tuple[int, int] = (2, 8)
     images: tuple[int, int] = (2, 4)
+    documents: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KIND_BUILDERS:
@@ -378,14 +380,29 @@ class GlyphSource:
         if self.split not in SPLITS:
             raise ValueError(f"split is {self.split!r}; accepted: {', '.join(SPLITS)}")
         check_ranges(self.objects, self.turns, self.frames, self.images)
+        if self.documents is not None and self.documents < 1:
+            raise ValueError(f"documents is {self.documents}; accepted: 1 or more, or None for no end")
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """Lengths of the runs of documents that are stored together: one, or none where there is no end."""
+        return () if self.documents is None else (self.documents,)
 
     def rng(self, index: int) -> np.random.Generator:
         kinds = list(KIND_BUILDERS)
         return np.random.default_rng([self.seed, SPLITS.index(self.split), kinds.index(self.kind), index])
 
     def document(self, index: int) -> Document:
-        """Document number `index` (from 0, endless)."""
-        return KIND_BUILDERS[self.kind](self, self.rng(index), f"glyphs/{self.kind}/{self.split}/{self.seed}/{index}")
+        """Document number `index`, from 0; IndexError from `documents` on."""
+        key = self.key(index)
+        return KIND_BUILDERS[self.kind](self, self.rng(index), key)
+
+    def key(self, index: int) -> str:
+        """The document's key; IndexError as for the document."""
+        if index < 0 or (self.documents is not None and index >= self.documents):
+            last = "" if self.documents is None else f" to {self.documents - 1}"
+            raise IndexError(f"document {index}; accepted: 0{last}")
+        return f"glyphs/{self.kind}/{self.split}/{self.seed}/{index}"
 
 
 def _regions(source: GlyphSource, rng: np.random.Generator, key: str) -> Document:

@@ -12,62 +12,106 @@ from ..vlm.tiling import normalise
 from .encoding import IGNORE, Sample
 
 
-class SampleSource(Protocol):
-    """Samples by number, from 0, endless; the same number is always the same sample."""
+class Tiled(Protocol):
+    """What has tiles, uint8 [tiles, height, width, 3] each."""
 
-    def sample(self, index: int) -> Sample: ...
+    @property
+    def images(self) -> np.ndarray: ...
+    @property
+    def frames(self) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A sample and its position in the mixture."""
+
+    position: int
+    sample: Sample
 
 
 class Packer:
     """Fills rows from a window of waiting samples: the oldest first, then always the longest that still fits.
 
-    Its state is the numbers of the waiting samples and the next number: O(window), whatever was seen before.
-
     Args:
-        source: where samples come from.
         max_tokens: budget of a row in tokens.
         max_tiles: budget of a row in tiles (images and frames).
         window: samples that wait to be placed.
     """
 
-    def __init__(self, source: SampleSource, max_tokens: int, max_tiles: int, window: int = 64):
-        self.source, self.max_tokens, self.max_tiles, self.window = source, max_tokens, max_tiles, window
-        self.next_index = 0
-        self.waiting: dict[int, Sample] = {}
+    def __init__(self, max_tokens: int, max_tiles: int, window: int = 64):
+        self.max_tokens, self.max_tiles, self.window = max_tokens, max_tiles, window
+        self.waiting: list[Waiting] = []  # oldest first
 
-    def state_dict(self) -> dict:
-        return {"next_index": self.next_index, "waiting": list(self.waiting)}
+    @property
+    def wants_more(self) -> bool:
+        return len(self.waiting) < self.window
 
-    def load_state_dict(self, state: dict) -> None:
-        self.next_index = state["next_index"]
-        self.waiting = {index: self.source.sample(index) for index in state["waiting"]}
+    def misfit(self, sample: Sample) -> str | None:
+        """Why a sample alone is over a budget; None where it fits."""
+        for unit, size, budget in (
+            ("tokens", sample.tokens, self.max_tokens),
+            ("tiles", sample.tiles, self.max_tiles),
+        ):
+            if size > budget:
+                return f"has {size} {unit}; a row accepts at most {budget}"
+        return None
 
-    def row(self) -> list[Sample]:
-        """The next row's samples.
+    def add(self, waiting: Waiting) -> None:
+        """Takes a sample that fits."""
+        self.waiting.append(waiting)
 
-        Raises:
-            ValueError: a sample alone is over a budget; the message names it.
-        """
-        while len(self.waiting) < self.window:
-            sample = self.source.sample(self.next_index)
-            for unit, size, budget in (
-                ("tokens", len(sample.input_ids), self.max_tokens),
-                ("tiles", sample.tiles, self.max_tiles),
-            ):
-                if size > budget:
-                    raise ValueError(f"{sample.key} has {size} {unit}; a row accepts at most {budget}")
-            self.waiting[self.next_index] = sample
-            self.next_index += 1
-        oldest = next(iter(self.waiting))
-        row = [self.waiting.pop(oldest)]
-        tokens, tiles = len(row[0].input_ids), row[0].tiles
-        for index in sorted(self.waiting, key=lambda i: (-len(self.waiting[i].input_ids), i)):
-            sample = self.waiting[index]
-            if tokens + len(sample.input_ids) <= self.max_tokens and tiles + sample.tiles <= self.max_tiles:
-                row.append(self.waiting.pop(index))
-                tokens += len(sample.input_ids)
+    def row(self) -> list[Waiting]:
+        """The next row; the window must not be empty."""
+        oldest, *others = self.waiting
+        row, taken = [oldest], {oldest.position}
+        tokens, tiles = oldest.sample.tokens, oldest.sample.tiles
+        for waiting in sorted(others, key=lambda w: (-w.sample.tokens, w.position)):
+            sample = waiting.sample
+            if tokens + sample.tokens <= self.max_tokens and tiles + sample.tiles <= self.max_tiles:
+                row.append(waiting)
+                taken.add(waiting.position)
+                tokens += sample.tokens
                 tiles += sample.tiles
+        self.waiting = [waiting for waiting in self.waiting if waiting.position not in taken]
         return row
+
+
+@dataclass(frozen=True)
+class RowFacts:
+    """What the choice of a step's rows needs to know of a packed row: cost in FLOPs, and since which step it waits."""
+
+    cost: float
+    since: int
+    tokens: int
+    loss_tokens: int
+    documents: int
+
+
+def choose_rows(pools: Sequence[Sequence[RowFacts]], rows: int, step: int, patience: int) -> list[list[int]]:
+    """Picks the rows of one step so that micro-batches cost about the same, attention's square included.
+
+    All groups look for rows like the one that has waited longest anywhere: costly rows (a long video) are so computed
+    by all ranks in the same step, instead of by one while the others wait.
+
+    Args:
+        pools: the packed rows that each group has in reserve, oldest first.
+        rows: how many each group gives (fewer where it has fewer).
+        step: number of the step.
+        patience: steps after which a group's oldest row goes whatever it costs.
+
+    Returns:
+        For each group, the numbers of its rows.
+    """
+    waiting = [(row.since, group, row.cost) for group, pool in enumerate(pools) for row in pool]
+    if not waiting:
+        return [[] for _ in pools]
+    target = min(waiting)[2]
+    chosen = []
+    for pool in pools:
+        overdue = [i for i, row in enumerate(pool) if step - row.since >= patience]
+        alike = sorted(range(len(pool)), key=lambda i: (i not in overdue, abs(pool[i].cost - target), i))
+        chosen.append(sorted(alike[:rows]))
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -82,12 +126,14 @@ class Batch:
 
     inputs: dict[str, torch.Tensor]
     keys: tuple[str, ...]
-    used_tokens: int
+    lengths: tuple[int, ...]  # tokens of each document
+    tiles: tuple[int, ...]  # of each document
+    loss_tokens: int  # how many are predicted
 
     @property
-    def loss_tokens(self) -> int:
-        """How many tokens are predicted."""
-        return int((self.inputs["labels"] != IGNORE).sum())
+    def tokens(self) -> int:
+        """Tokens of documents, padding left out."""
+        return sum(self.lengths)
 
     @property
     def positions(self) -> int:
@@ -96,15 +142,20 @@ class Batch:
 
 
 def collate(rows: Sequence[Sequence[Sample]], processor: FoveateProcessor) -> Batch:
-    """Lays rows of samples out as a batch; rows are padded to the longest with a document of padding."""
-    length = max(sum(len(s.input_ids) for s in row) for row in rows)
+    """Lays rows of samples out as a batch; rows are padded to the longest with a document of padding.
+
+    Without any sample the batch is one position of padding: what a rank computes when its data has ended before
+    others' has.
+    """
+    length = max([sum(s.tokens for s in row) for row in rows], default=1)
+    rows = rows or [[]]
     input_ids = np.full((len(rows), length), processor.tokenizer.pad_token_id or 0, dtype=np.int64)
     labels = np.full((len(rows), length), IGNORE, dtype=np.int64)
     position_ids = np.empty((len(rows), length), dtype=np.int64)
     for r, row in enumerate(rows):
         at = 0
         for sample in row:
-            n = len(sample.input_ids)
+            n = sample.tokens
             input_ids[r, at : at + n] = sample.input_ids
             labels[r, at : at + n] = sample.labels
             position_ids[r, at : at + n] = np.arange(n)
@@ -116,10 +167,23 @@ def collate(rows: Sequence[Sequence[Sample]], processor: FoveateProcessor) -> Ba
         "position_ids": torch.from_numpy(position_ids),
         "labels": torch.from_numpy(labels),
     }
+    inputs |= pixel_inputs(samples, processor)
+    return Batch(
+        inputs,
+        tuple(s.key for s in samples),
+        tuple(s.tokens for s in samples),
+        tuple(s.tiles for s in samples),
+        sum(s.loss_tokens for s in samples),
+    )
+
+
+def pixel_inputs(samples: Sequence[Tiled], processor: FoveateProcessor) -> dict[str, torch.Tensor]:
+    """The samples' images and frames, normalised: `pixel_values` and `pixel_values_videos`, where there are any."""
+    inputs = {}
     for name, tiles in (
         ("pixel_values", [s.images for s in samples if len(s.images)]),
         ("pixel_values_videos", [s.frames for s in samples if len(s.frames)]),
     ):
         if tiles:
             inputs[name] = normalise(np.concatenate(tiles), processor.image_mean, processor.image_std)
-    return Batch(inputs, tuple(s.key for s in samples), sum(len(s.input_ids) for s in samples))
+    return inputs

@@ -68,7 +68,7 @@ stages:
     warmup_steps: 2
     weight_decay: 0.05
     learning_rates: {projector: 2.0e-3, llm: 1.0e-3}
-    batch: {rows: 2, tokens: 200, window: 8, accumulation: 2}
+    batch: {rows: 2, tokens: 200, window: 8, micro_batches: 2}
     data: [{kind: captions, objects: [1, 4]}, {kind: scene_chat, turns: [1, 4]}]
   - name: video
     steps: 3

@@ -1,38 +1,49 @@
-"""The training loop: stages in order, each a plain loop over packed batches."""
+"""The training loop: stages in order, each a plain loop over steps of packed micro-batches."""
 
 import json
+import os
+import resource
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Literal, Self
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..data.loader import Loader, Prefetched, Share, Step, merge_states
 from ..vlm.model import FoveateForConditionalGeneration
-from .build import build_model
+from ..vlm.processor import FoveateProcessor
+from .acceleration import compile_model, convert_to_fp8, enable_checkpointing
+from .adapters import Adapters, merge_adapters, quantised_tensors, save_adapter
+from .build import add_stage_adapters, set_rope_theta, starting_model, weight_tensors
 from .checkpoint import (
-    load_checkpoint,
-    load_optimizer_tensors,
+    CheckpointTensors,
+    CheckpointWriter,
     load_rng_tensors,
-    load_weight_tensors,
     newest_checkpoint,
-    optimizer_tensors,
+    read_state,
     rng_tensors,
-    save_checkpoint,
-    weight_tensors,
 )
-from .engine import PlainEngine, resolve_precision
-from .optimizer import make_optimizer, set_learning_rates, set_trainable
+from .distributed import World, init_world
+from .engine import Engine, Micro, StepResult, make_engine, resolve_precision, shares_weights
+from .flops import peak_flops
+from .optimizer import learning_rate_scale, make_optimizer, set_learning_rates, set_trainable
 from .recipe import Recipe, RecipeError, StageRecipe
-from .stages import make_batches, make_head, make_losses
+from .stages import make_loader, make_objective
 from .tracking import Tracker
 
 LINE_EVERY_S = 10.0  # of progress, where the output is no terminal
+FINISHED = "stages.json"  # written last: a run's folder that holds it is done
+
+
+class Requeue(Exception):
+    """A signal of the scheduler came: the run is saved and can go on later; the exit code is to be 0."""
 
 
 @dataclass
@@ -49,18 +60,20 @@ class StageSummary:
 def train(
     recipe: Recipe,
     out: Path,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     device: str | None = None,
     console: Console | None = None,
     after_step: Callable[[int], None] | None = None,
 ) -> list[StageSummary]:
     """Runs a recipe and leaves the model in `out/model`, checkpoints in `out/checkpoints`.
 
+    Under `torchrun` or Slurm every process calls this, with the same arguments and the same folder.
+
     Args:
         recipe: what to do.
         out: the run's folder.
-        resume: go on from the newest whole checkpoint; the run then ends bit-identical to one never stopped (same
-            machine, device and threads).
+        resume: go on from the newest whole checkpoint, of any number of processes; on the same number (and machine,
+            device and threads) the run ends bit-identical to one never stopped. `auto`: where there is one.
         device: where to train; `cuda` where there is one.
         console: where progress is shown.
         after_step: called after each step with the number of steps done.
@@ -68,162 +81,366 @@ def train(
     Raises:
         RecipeError: `out` holds another run's checkpoints, or none to resume.
         NonFiniteError: a loss or gradient was not finite.
-        KeyboardInterrupt: Ctrl-C or SIGTERM came; the step in progress is done and saved in a checkpoint.
+        TooManyBadError: more documents can't be used than the recipe accepts.
+        KeyboardInterrupt: Ctrl-C came; the step in progress is done and saved in a checkpoint.
+        Requeue: the same after SIGTERM or SIGUSR1.
     """
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    torch.manual_seed(recipe.seed)
-    precision = resolve_precision(recipe.precision, where)
-    newest = _starting_point(recipe, out, resume)
-    out.mkdir(parents=True, exist_ok=True)
-    tensors, state = load_checkpoint(newest) if newest else ({}, {"stage": 0, "stage_step": 0, "step": 0})
-    summaries = [StageSummary(**s) for s in state.get("summaries", [])]
-    model, processor = build_model(recipe.model)
-    model.to(where)  # type: ignore[arg-type]  # its decorator hides self
-    model.train()
-    if newest:
-        load_weight_tensors(model, tensors["weights"])
-    for stage in recipe.stages[: state["stage"]]:  # their traces in the configuration, which is no weight
-        if stage.rope_theta:
-            set_rope_theta(model, stage.rope_theta)
-    step = state["step"]
+    with init_world(device) as world, _Interruption() as interruption:
+        if recipe.threads:
+            torch.set_num_threads(recipe.threads)
+        newest = _on_first(world, lambda: _starting_point(recipe, out, resume))
+        state = read_state(newest) if newest else {"stage": 0, "stage_step": 0, "step": 0, "validation_loss": None}
+        summaries = [StageSummary(**s) for s in state.get("summaries", [])]
+        torch.manual_seed(recipe.seed)
+        model, processor = starting_model(recipe, newest)
+        step, validation_loss = state["step"], state["validation_loss"]
 
-    with Tracker(out, recipe, step) as tracker, _Display(console) as display, _Interruption() as interruption:
-        for number in range(state["stage"], len(recipe.stages)):
-            stage = recipe.stages[number]
-            resumed = number == state["stage"] and state["stage_step"] > 0
-            first = state["stage_step"] if resumed else 0
-            if not resumed:
-                summaries.append(StageSummary(stage.name))
-                torch.manual_seed(recipe.seed + number)  # so that a stage's head doesn't depend on stages before it
-            summary = summaries[-1]
-            if stage.rope_theta:
-                set_rope_theta(model, stage.rope_theta)
-            set_trainable(model, stage)
-            head = make_head(stage)
-            modules = [model] if head is None else [model, head.to(where)]
-            optimizer = make_optimizer(model, stage, head)
-            engine = PlainEngine(modules, optimizer, precision, stage.max_grad_norm, where)
-            batches = make_batches(stage, processor, recipe.seed + number)
-            if resumed:
-                batches.load_state_dict(state["batches"])
-                load_optimizer_tensors(optimizer, tensors["optimizer"])
-                if head is not None:
-                    load_weight_tensors(head, tensors["head"])
-                load_rng_tensors(tensors["rng"])
-            display.stage(stage, first)
-            for stage_step in range(first, stage.steps):
-                began = time.perf_counter()
-                micro = [batches.next() for _ in range(stage.batch.accumulation)]
-                waited = time.perf_counter() - began
-                set_learning_rates(optimizer, stage_step, stage)
-                loss, norm = engine.step(make_losses(stage, model, head, micro, where), [batch.keys for batch in micro])
-                step += 1
-                last = stage_step + 1 == stage.steps
-                seconds = time.perf_counter() - began
-                tokens, positions = sum(b.used_tokens for b in micro), sum(b.positions for b in micro)
-                summary.seconds += seconds
-                summary.steps += 1
-                summary.tokens += tokens
-                summary.positions += positions
-                display.step(summary, loss)
-                if step % recipe.tracking.every_steps == 0 or last:
-                    tracker.log({
-                        "step": step, "stage": stage.name, "loss": loss, "grad_norm": norm,
-                        "tokens_per_s": tokens / seconds, "data_wait": waited / seconds,
-                        "packing_waste": 1 - tokens / positions,
-                        **{f"lr_{group['part']}": group["lr"] for group in optimizer.param_groups},
-                    })  # fmt: skip
-                stopping = interruption.wanted
-                saving_began = time.perf_counter()
-                if step % recipe.checkpoint.every_steps == 0 or last or stopping:
-                    saved = {"weights": weight_tensors(model)}
-                    if not last:
-                        saved |= {"optimizer": optimizer_tensors(optimizer), "rng": rng_tensors()}
-                        if head is not None:
-                            saved["head"] = weight_tensors(head)
-                    following = {"stage": number + last, "stage_step": 0 if last else stage_step + 1, "step": step}
-                    save_checkpoint(
-                        out / "checkpoints",
-                        step,
-                        saved,
-                        following
-                        | {"batches": batches.state_dict(), "summaries": [asdict(s) for s in summaries]}
-                        | {"recipe": recipe.model_dump(mode="json")},
-                        recipe.checkpoint.keep,
-                    )
-                summary.seconds += time.perf_counter() - saving_began
+        with (
+            Tracker(out, recipe, step, active=world.rank == 0) as tracker,
+            _Display(console, active=world.rank == 0) as display,
+            _writer(recipe, out, world) as writer,
+        ):
+            for number in range(state["stage"], len(recipe.stages)):
+                stage = recipe.stages[number]
+                first = state["stage_step"] if number == state["stage"] else 0
+                if not first:
+                    summaries.append(StageSummary(stage.name))
+                summary = summaries[-1]
+                engine, adapters = _make_engine(recipe, number, model, processor, world, newest if first else None)
+                share = Share(world.rank, world.size, lambda value: world.gather(value, "data"))
+                loader = make_loader(recipe, number, model.config, processor, share, flag=interruption.flag)
+                if first and newest:
+                    with CheckpointTensors(newest) as tensors:
+                        engine.load_state_tensors(tensors.of_engine())
+                        load_rng_tensors(tensors, world.rank)
+                    loader.load_state_dict(state["loader"])
+                steps = _prefetched(loader, recipe, None if stage.steps is None else stage.steps - first)
+                display.stage(stage, first)
+                meter = _Meter(recipe, world)
+                stage_step = first
+                batch, waited = _timed(steps.next)
+                while batch is not None:
+                    began = time.perf_counter()
+                    set_learning_rates(engine.param_groups, learning_rate_scale(stage, stage_step, batch.progress))
+                    result = engine.step([Micro(b.inputs, b.keys) for b in batch.micro], batch.loss_tokens)
+                    step, stage_step = step + 1, stage_step + 1
+                    computed = time.perf_counter() - began
+                    meter.add(batch, waited, computed)
+                    _summarise(summary, batch, waited + computed)
+                    tracker.documents(step, batch)
+                    upcoming, waited = _timed(steps.next) if stage_step != stage.steps else (None, 0.0)
+                    last = upcoming is None
+                    stopping = (upcoming or batch).flagged if world.size > 1 else interruption.flag()
+                    display.step(summary, result.loss)
+                    extra: dict[str, Any] = {}
+                    if recipe.validation and (step % recipe.validation.every_steps == 0 or last):
+                        validation_loss = _validate(engine, recipe, number, model, processor, world)
+                        extra["validation_loss"] = validation_loss
+                    if recipe.evaluation and (step % recipe.evaluation.every_steps == 0 or last):
+                        extra |= _evaluate(engine, recipe, model, processor)
+                    if step % recipe.tracking.every_steps == 0 or last or extra:
+                        facts = meter.metrics(batch, result, engine.param_groups)
+                        tracker.log({"step": step, "stage": stage.name} | facts | extra)
+                    if last:
+                        break
+                    saving_began = time.perf_counter()
+                    if step % recipe.checkpoint.every_steps == 0 or stopping:
+                        where = {"stage": number, "stage_step": stage_step, "step": step}
+                        loaders = merge_states(world.gather(batch.state, "main"))
+                        tensors = engine.state_tensors() | quantised_tensors(model) | rng_tensors(world.rank)
+                        writer.save(step, tensors, where | facts_of(recipe, summaries, validation_loss, loaders))
+                    summary.seconds += time.perf_counter() - saving_began
+                    if after_step:
+                        after_step(step)
+                    if stopping:
+                        writer.wait()
+                        raise interruption.reason()
+                    batch = upcoming
+                if batch is None:
+                    raise RecipeError(f"stages.{stage.name}: its data hold no document; accepted: one at least")
+                loader.close()
+                engine.close()
+                model.float()
+                if adapters:
+                    if world.rank == 0:
+                        save_adapter(adapters, out / "adapters" / stage.name)
+                    merge_adapters(adapters)
+                where = {"stage": number + 1, "stage_step": 0, "step": step}
+                writer.save(step, weight_tensors(model, world), where | facts_of(recipe, summaries, validation_loss))
                 if after_step:
                     after_step(step)
-                if stopping:
-                    raise KeyboardInterrupt
-        model.requires_grad_(True)
-        model.eval()
-        model.save_pretrained(out / "model")
-        processor.save_pretrained(out / "model")
-        (out / "stages.json").write_text(json.dumps([asdict(s) for s in summaries], indent=1))
+                if stopping and number + 1 < len(recipe.stages):
+                    writer.wait()
+                    raise interruption.reason()
+            writer.wait()
+            if world.rank == 0:
+                _finish(model, processor, out, summaries)
+            world.barrier("main")
     return summaries
 
 
-def set_rope_theta(model: FoveateForConditionalGeneration, theta: float) -> None:
-    """Sets the LLM's RoPE base, in its configuration and in its rotary embedding (context extension)."""
-    for config in (model.config.text_config, model.language_model.config):
-        config.rope_parameters = {**config.rope_parameters, "rope_theta": float(theta)}
-    decoder = model.get_decoder()
-    decoder.rotary_emb = type(decoder.rotary_emb)(model.language_model.config).to(model.device)
+def _make_engine(
+    recipe: Recipe,
+    number: int,
+    model: FoveateForConditionalGeneration,
+    processor: FoveateProcessor,
+    world: World,
+    checkpoint: Path | None,
+) -> tuple[Engine, Adapters | None]:
+    """A stage's engine, and its adapters where it has any.
+
+    Args:
+        checkpoint: from the middle of the stage, which the engine is to load; 4-bit weights are taken from it.
+    """
+    stage = recipe.stages[number]
+    torch.manual_seed(recipe.seed + number)  # so that what a stage adds doesn't depend on stages before it
+    if stage.rope_theta:
+        set_rope_theta(model, stage.rope_theta)
+    adapters = add_stage_adapters(model, stage, checkpoint)
+    model.to(world.device)  # type: ignore[arg-type]  # its decorator hides self
+    model.train()
+    set_trainable(model, stage)
+    if stage.activation_checkpointing:
+        enable_checkpointing(model)
+    if recipe.fp8:
+        convert_to_fp8(model)
+    if recipe.compile:
+        compile_model(model)
+    objective = make_objective(stage, model, processor, same_calls=shares_weights(recipe.engine))
+    objective.to(world.device)
+    head = getattr(objective, "head", None)
+    engine = make_engine(
+        recipe.engine,
+        objective,
+        make_optimizer(model, stage, head),
+        resolve_precision(recipe.precision, world.device),
+        stage.max_grad_norm,
+        world,
+        micro_batches_per_rank=stage.batch.micro_batches // world.size,
+    )
+    torch.manual_seed(recipe.seed + number + 1_000_003 * world.rank)  # dropout differs between ranks
+    return engine, adapters
 
 
-def _starting_point(recipe: Recipe, out: Path, resume: bool) -> Path | None:
+def _writer(recipe: Recipe, out: Path, world: World) -> CheckpointWriter:
+    settings = recipe.checkpoint
+    return CheckpointWriter(
+        out / "checkpoints",
+        settings.keep,
+        settings.keep_best,
+        settings.asynchronous,
+        world.rank,
+        world.size,
+        lambda value: world.gather(value, "checkpoint"),
+    )
+
+
+def facts_of(
+    recipe: Recipe, summaries: list[StageSummary], validation_loss: float | None, loader: dict | None = None
+) -> dict:
+    """What a checkpoint's `state.json` holds besides the position."""
+    return {
+        "validation_loss": validation_loss,
+        "summaries": [asdict(summary) for summary in summaries],
+        "recipe": recipe.model_dump(mode="json"),
+        "loader": loader,
+    }
+
+
+def _validate(
+    engine: Engine,
+    recipe: Recipe,
+    number: int,
+    model: FoveateForConditionalGeneration,
+    processor: FoveateProcessor,
+    world: World,
+) -> float | None:
+    """Mean loss on the validation documents, over all ranks; None for an objective without next tokens."""
+    if recipe.stages[number].objective != "next_token":
+        return None
+    share = Share(world.rank, world.size, lambda value: world.gather(value, "main"))
+    loader = make_loader(recipe, number, model.config, processor, share, part="validation")
+    total, tokens = 0.0, 0
+    while (batch := loader.next()) is not None:
+        loss = engine.evaluate([Micro(b.inputs, b.keys) for b in batch.micro], batch.loss_tokens)
+        total += loss * batch.loss_tokens
+        tokens += batch.loss_tokens
+    return total / tokens
+
+
+def _evaluate(
+    engine: Engine, recipe: Recipe, model: FoveateForConditionalGeneration, processor: FoveateProcessor
+) -> dict[str, float]:
+    """Accuracy of generated answers on the dev split. All ranks answer all questions: with ZeRO-3 they have to."""
+    from ..eval.glyphs import TASKS, evaluate
+
+    assert recipe.evaluation is not None
+    model.eval()
+    with torch.no_grad():
+        results = {task: evaluate(model, processor, task, recipe.evaluation.questions, "dev") for task in TASKS}
+    model.train()
+    return {f"accuracy_{task}": result.accuracy for task, result in results.items()}
+
+
+def _finish(
+    model: FoveateForConditionalGeneration, processor: FoveateProcessor, out: Path, summaries: list[StageSummary]
+) -> None:
+    """Writes the model, whole or not at all, and the mark that the run is done."""
+    model.requires_grad_(True)
+    model.eval()
+    aside = out / ".writing-model"
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside)
+    processor.save_pretrained(aside)
+    shutil.rmtree(out / "model", ignore_errors=True)
+    aside.rename(out / "model")
+    (out / FINISHED).write_text(json.dumps([asdict(s) for s in summaries], indent=1))
+
+
+def _prefetched(loader: Loader, recipe: Recipe, steps: int | None) -> Loader | Prefetched:
+    return Prefetched(loader, steps) if recipe.loader.workers else loader
+
+
+def _timed(next_step: Callable[[], Step | None]) -> tuple[Step | None, float]:
+    began = time.perf_counter()
+    return next_step(), time.perf_counter() - began
+
+
+def _summarise(summary: StageSummary, batch: Step, seconds: float) -> None:
+    summary.seconds += seconds
+    summary.steps += 1
+    summary.tokens += batch.tokens
+    summary.positions += batch.positions
+
+
+class _Meter:
+    """Rates since the last line of metrics."""
+
+    def __init__(self, recipe: Recipe, world: World):
+        self.world, self.peak = world, recipe.tracking.peak_flops or peak_flops(world.device)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.seconds = self.waited = self.flops = self.imbalance = 0.0
+        self.tokens = self.positions = self.documents = self.steps = 0
+
+    def add(self, batch: Step, waited: float, computed: float) -> None:
+        self.seconds += waited + computed
+        self.waited += waited
+        self.tokens += batch.tokens
+        self.positions += batch.positions
+        self.documents += batch.documents
+        self.flops += sum(batch.costs)
+        each = len(batch.costs) // self.world.size
+        ranks = [sum(batch.costs[i : i + each]) for i in range(0, len(batch.costs), each)]
+        self.imbalance += max(ranks) * len(ranks) / max(1e-9, sum(ranks))
+        self.steps += 1
+
+    def metrics(self, batch: Step, result: StepResult, groups: list[dict]) -> dict[str, Any]:
+        """Of the steps since the last call; rates are of all ranks together."""
+        on_gpu = self.world.device.type == "cuda"
+        memory = (
+            torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
+        metrics = {
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            **{f"grad_norm_{part}": norm for part, norm in result.part_norms.items()},
+            "tokens_per_s": self.tokens / self.seconds,
+            "samples_per_s": self.documents / self.seconds,
+            "step_s": self.seconds / self.steps,
+            "data_wait": self.waited / self.seconds,
+            "packing_waste": 1 - self.tokens / self.positions,
+            "imbalance": self.imbalance / self.steps,
+            "memory_bytes": memory,
+            **{f"lr_{group['part']}": group["lr"] for group in groups},
+            **{f"bad_{reason}": count for reason, count in batch.bad_counts.items()},
+        }
+        if self.peak:
+            metrics["mfu"] = self.flops / (self.seconds * self.world.size * self.peak)
+        self._clear()
+        return metrics
+
+
+def _on_first(world: World, work: Callable[[], Any]) -> Any:
+    """What rank 0's work gives, or its RecipeError, on all ranks."""
+    value, error = None, None
+    if world.rank == 0:
+        try:
+            value = work()
+        except RecipeError as caught:
+            error = caught
+    value, error = world.gather((value, error), "main")[0]
+    if error is not None:
+        raise error
+    return value
+
+
+def _starting_point(recipe: Recipe, out: Path, resume: bool | Literal["auto"]) -> Path | None:
     """The checkpoint to go on from, None to begin."""
     folder = out / "checkpoints"
     newest = newest_checkpoint(folder)
-    if not resume:
-        if newest:
-            raise RecipeError(
-                f"{out} holds checkpoints of a run; accepted: --resume to go on with it, or another --out"
-            )
+    if newest is None and resume is not True:
+        out.mkdir(parents=True, exist_ok=True)
         return None
+    if not resume:
+        raise RecipeError(f"{out} holds checkpoints of a run; accepted: --resume to go on with it, or another --out")
     if newest is None:
         raise RecipeError(f"{folder}: no whole checkpoint to resume from; accepted: a run without --resume")
-    then = json.loads((newest / "state.json").read_text())["recipe"]
-    now = recipe.model_dump(mode="json")
-    changed = sorted(k for k in now if k not in ("tracking", "checkpoint") and now[k] != then.get(k))
+    then, now = read_state(newest)["recipe"], recipe.model_dump(mode="json")
+    for each in (then, now):
+        each["loader"] = {k: v for k, v in each["loader"].items() if k != "workers"}
+    may_differ = ("tracking", "checkpoint", "threads", "engine", "evaluation", "compile")
+    changed = sorted(k for k in now if k not in may_differ and now[k] != then.get(k))
     if changed:
         raise RecipeError(f"{', '.join(changed)} differ from the run in {out}; accepted on --resume: the same recipe")
     return newest
 
 
 class _Interruption:
-    """Lets Ctrl-C and SIGTERM end a run after its current step, with a checkpoint; a second one ends it at once."""
+    """Lets Ctrl-C and a scheduler's signals end a run after its current step, with a checkpoint; a second Ctrl-C ends
+    it at once."""
 
     def __init__(self) -> None:
-        self.wanted = False
+        self.signal: int | None = None
+        self.process = os.getpid()
 
     def __enter__(self) -> Self:
         self.previous = {}
         if threading.current_thread() is threading.main_thread():  # Python takes signals there alone
-            self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+            self.previous = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
+    def flag(self) -> bool:
+        """Whether a signal came."""
+        return self.signal is not None
+
+    def reason(self) -> BaseException:
+        """What to raise once the run is saved; on ranks that got no signal, as if the scheduler's had come."""
+        return KeyboardInterrupt() if self.signal == signal.SIGINT else Requeue()
+
     def _note(self, number: int, frame: object) -> None:
-        if self.wanted:
+        if self.signal == signal.SIGINT == number:
             raise KeyboardInterrupt
-        self.wanted = True
+        self.signal = number
 
 
 class _Display:
     """The stage's progress: bars on a terminal, elsewhere a line now and then."""
 
-    def __init__(self, console: Console | None):
+    def __init__(self, console: Console | None, active: bool):
         columns = (TextColumn("{task.description:>16}"), BarColumn(), MofNCompleteColumn())
         fields = (TextColumn("{task.fields[loss]}"), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
         self.console = console or Console()
-        self.progress = Progress(*columns, *fields, console=self.console, disable=not self.console.is_terminal)
+        self.lines = active and not self.console.is_terminal
+        self.progress = Progress(
+            *columns, *fields, console=self.console, disable=not (active and self.console.is_terminal)
+        )
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -241,8 +458,10 @@ class _Display:
         rate, shown = f"{summary.tokens / summary.seconds:,.0f} tokens/s", f"loss {loss:.3f}"
         self.progress.update(self.bar, completed=summary.steps, rate=rate, loss=shown)
         due = time.monotonic() - self.printed_at >= LINE_EVERY_S or summary.steps == self.total
-        if due and not self.console.is_terminal:
-            left_s = summary.seconds / summary.steps * (self.total - summary.steps)
-            line = f"{summary.name} {summary.steps}/{self.total}  {shown}  {rate}  {left_s:.0f} s left"
+        if due and self.lines:
+            left = ""
+            if self.total:
+                left = f"  {summary.seconds / summary.steps * (self.total - summary.steps):.0f} s left"
+            line = f"{summary.name} {summary.steps}/{self.total or '?'}  {shown}  {rate}{left}"
             self.console.print(line, highlight=False, soft_wrap=True)
             self.printed_at = time.monotonic()

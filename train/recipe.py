@@ -7,13 +7,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ..data.glyphs import KIND_BUILDERS, SPLITS, check_ranges
 from ..vlm.projector import PROJECTORS
 
-PARTS = ("tower", "projector", "llm")
+PARTS = ("tower", "tower_norms", "projector", "llm", "llm_embeddings", "llm_norms", "lora")
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -57,6 +69,7 @@ class GlyphData(_Strict):
     kind: Literal[tuple(KIND_BUILDERS)]  # type: ignore[valid-type]
     weight: PositiveFloat = 1.0
     split: Literal[SPLITS] = "train"  # type: ignore[valid-type]
+    documents: PositiveInt | None = None  # None: endless
     objects: tuple[int, int] = (4, 16)
     turns: tuple[int, int] = (4, 12)
     frames: tuple[int, int] = (2, 8)
@@ -68,14 +81,59 @@ class GlyphData(_Strict):
         return self
 
 
-class BatchRecipe(_Strict):
-    """A batch of packed rows."""
+class SourceRecipe(_Strict):
+    """Where documents lie (see `data/sources.py`); stages name it in their `data`."""
 
-    rows: PositiveInt = 4
+    path: str | list[str] | None = None  # shards, JSON, JSON lines or a dataset on disk; None: yet to be filled in
+    format: Literal["auto", "interleaved", "caption", "chat", "text"] = "auto"
+    media_root: str | None = None  # folder of the media that JSON records name
+    subset: str | None = None  # subset index file
+    max_images: PositiveInt = 6  # of an interleaved document
+    min_similarity: float | None = None  # of an image and its sentence
+    frames: PositiveInt | None = None  # of a video; None: the processor's own number
+    about: str = ""
+
+
+class SourceData(_Strict):
+    """Documents of one of the recipe's `sources`."""
+
+    source: str
+    weight: PositiveFloat = 1.0  # with `epochs`: how many times it comes in one, a whole number
+    mean_tokens: PositiveFloat | None = None  # for weights by tokens; None: measured on a sample of documents
+
+
+def _data_kind(value: Any) -> str:
+    fields = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    return "glyphs" if fields.get("source", "glyphs") == "glyphs" else "source"
+
+
+StageData = Annotated[
+    Annotated[GlyphData, Tag("glyphs")] | Annotated[SourceData, Tag("source")], Discriminator(_data_kind)
+]
+
+
+class BatchRecipe(_Strict):
+    """A step's micro-batches of packed rows."""
+
+    rows: PositiveInt = 4  # of a micro-batch
     tokens: PositiveInt = 512  # budget of a row
     tiles: PositiveInt = 256  # budget of a row: images and frames
     window: PositiveInt = 64  # samples that wait to be packed
-    accumulation: PositiveInt = 1  # micro-batches a step
+    micro_batches: PositiveInt = 1  # of a step, over all processes; each accumulates its share of them
+    reserve: PositiveInt = 4  # packed rows from which a step's are chosen, so that processes cost alike
+
+
+class LoraRecipe(_Strict):
+    """Low-rank adapters on the LLM (arXiv 2106.09685; DoRA: 2402.09353; QLoRA: 2305.14314), merged after the stage."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    dropout: Fraction = 0.0
+    dora: bool = False
+    targets: list[str] = Field(
+        default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1
+    )
+    quantize: bool = False  # QLoRA: the LLM's linear layers in 4 bits while the stage lasts
 
 
 class StageRecipe(_Strict):
@@ -83,40 +141,93 @@ class StageRecipe(_Strict):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     objective: Literal["next_token", "region_text"] = "next_token"
-    steps: PositiveInt
+    steps: PositiveInt | None = None
+    epochs: PositiveInt | None = None  # in the place of steps: every document of every source, `weight` times an epoch
     learning_rates: dict[Literal[PARTS], PositiveFloat]  # type: ignore[valid-type]  # parts not named are frozen
-    data: list[GlyphData] = Field(min_length=1)
+    data: list[StageData] = Field(min_length=1)
+    weights: Literal["documents", "tokens"] = "documents"  # what the data's weights are shares of
+    shuffle: int = Field(default=2048, ge=0)  # documents of a source that are shuffled together
     batch: BatchRecipe = BatchRecipe()
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    schedule: Literal["cosine", "constant"] = "cosine"
     warmup_steps: int = Field(default=0, ge=0)
+    warmup_fraction: Fraction = 0.0
     final_fraction: Fraction = 0.0  # of the learning rate at the end of the cosine
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: Decay = 0.0
+    weight_decays: dict[Literal[PARTS], Decay] = {}  # type: ignore[valid-type]  # of parts for which it is another
     betas: tuple[Beta, Beta] = (0.9, 0.98)
-    max_grad_norm: PositiveFloat = 1.0
+    momentum: Beta = 0.0  # of sgd
+    max_grad_norm: PositiveFloat | None = 1.0  # None: not clipped
+    activation_checkpointing: bool = False
+    lora: LoraRecipe | None = None
     rope_theta: PositiveFloat | None = None  # of the LLM, from this stage on
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _short_names(cls, value: Any) -> Any:
+        """`coyo` and `coyo*2` for `{source: coyo, weight: 2}`."""
+        if not isinstance(value, list):
+            return value
+        entries = []
+        for entry in value:
+            if isinstance(entry, str):
+                name, star, times = (text.strip() for text in entry.partition("*"))
+                try:
+                    entry = {"source": name, "weight": float(times) if star else 1.0}
+                except ValueError:
+                    raise ValueError(f"{entry!r}; accepted: a source's name, or name*times") from None
+            entries.append(entry)
+        return entries
 
     @model_validator(mode="after")
     def _consistent(self) -> "StageRecipe":
         if not self.learning_rates:
             raise ValueError(f"learning_rates is empty, so nothing would train; accepted parts: {', '.join(PARTS)}")
-        if self.warmup_steps >= self.steps:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"steps is {self.steps} and epochs {self.epochs}; accepted: exactly one of them")
+        if self.steps is not None and self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps is {self.warmup_steps} of {self.steps} steps; accepted: fewer than steps")
-        regions = [data.kind in ("regions", "frame_regions") for data in self.data]
+        if self.warmup_steps and (self.warmup_fraction or self.epochs):
+            raise ValueError("warmup_steps excludes warmup_fraction and epochs; accepted with them: warmup_fraction")
+        if self.optimizer == "adamw" and self.momentum:
+            raise ValueError("momentum has no effect on adamw; accepted: betas, or optimizer: sgd")
+        if self.schedule == "constant" and self.final_fraction:
+            raise ValueError("final_fraction has no effect on a constant schedule")
+        self._check_parts()
+        self._check_data()
+        return self
+
+    def _check_parts(self) -> None:
+        rates = set(self.learning_rates)
+        for whole, pieces in (("tower", {"tower_norms"}), ("llm", {"llm_embeddings", "llm_norms", "lora"})):
+            if whole in rates and rates & pieces:
+                raise ValueError(f"learning_rates names {whole} and {sorted(rates & pieces)}, which are parts of it")
+        if ("lora" in rates) != (self.lora is not None):
+            raise ValueError("learning_rates.lora and lora go together; accepted: both or neither")
+        if unknown := sorted(set(self.weight_decays) - rates):
+            raise ValueError(f"weight_decays names {unknown}, which have no learning rate; accepted: {sorted(rates)}")
+
+    def _check_data(self) -> None:
+        glyphs = [data for data in self.data if isinstance(data, GlyphData)]
+        regions = [data.kind in ("regions", "frame_regions") for data in glyphs]
+        if self.epochs is not None and any(data.documents is None for data in glyphs):
+            raise ValueError("epochs needs finite data; accepted: glyphs with documents, or steps")
         if self.objective == "region_text":
-            if not all(regions):
+            if not regions or not all(regions) or len(glyphs) < len(self.data):
                 raise ValueError("objective region_text needs data of kinds regions and frame_regions alone")
-            if "llm" in self.learning_rates:
+            if not set(self.learning_rates) <= {"tower", "tower_norms", "projector"} or self.epochs:
                 raise ValueError(
-                    "objective region_text does not run the LLM; accepted learning_rates: tower, projector"
+                    "objective region_text does not run the LLM; accepted learning_rates: tower, projector; steps"
                 )
-            unused = sorted(self.batch.model_fields_set - {"rows"})
+            plain = BatchRecipe(rows=self.batch.rows, micro_batches=self.batch.micro_batches)
+            unused = [name for name, value in self.batch if value != getattr(plain, name)]
             if unused:
                 raise ValueError(
                     f"batch.{unused[0]} has no effect on objective region_text, which contrasts a whole batch of "
-                    "documents; accepted: rows alone"
+                    "documents; accepted: rows, micro_batches"
                 )
         elif any(regions):
             raise ValueError("data of kinds regions and frame_regions fits objective region_text alone")
-        return self
 
 
 class TrackingRecipe(_Strict):
@@ -125,11 +236,40 @@ class TrackingRecipe(_Strict):
     wandb: Literal["offline", "online", "disabled"] = "offline"
     project: str = "foveate"
     every_steps: PositiveInt = 10
+    documents: bool = False  # log the keys of each step's documents to documents.jsonl
+    peak_flops: PositiveFloat | None = None  # of a device, for MFU; None: known for common GPUs
 
 
 class CheckpointRecipe(_Strict):
     every_steps: PositiveInt = 500
-    keep: PositiveInt = 2
+    keep: PositiveInt = 2  # the newest
+    keep_best: bool = False  # and the one of lowest validation loss
+    asynchronous: bool = True  # written while training goes on
+
+
+class LoaderRecipe(_Strict):
+    """How documents are read."""
+
+    workers: int = Field(default=0, ge=0)  # processes of each rank
+    max_bad_fraction: Fraction = 0.01  # of documents that may be unusable before the run stops
+    max_pixels: PositiveInt = 64_000_000  # of an image or frame
+    max_frames: PositiveInt = 2048  # of a video
+
+
+class ValidationRecipe(_Strict):
+    """Loss on documents that are kept out of training."""
+
+    every_steps: PositiveInt = 200
+    documents: PositiveInt = 256
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01  # of each source's documents; of glyphs it is the dev split
+
+
+class EvaluationRecipe(_Strict):
+    """Tasks that are evaluated by generated answers during training."""
+
+    task: Literal["glyphs"] = "glyphs"
+    every_steps: PositiveInt = 500
+    questions: PositiveInt = 50  # a task
 
 
 class Recipe(_Strict):
@@ -137,18 +277,40 @@ class Recipe(_Strict):
 
     name: str
     seed: int = Field(default=0, ge=0)
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device computes in it
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"  # auto: bf16 where the device computes in it
     threads: PositiveInt | None = None  # CPU threads; None leaves torch's own choice
+    engine: str = "torch"  # or a DeepSpeed configuration: zero0 … zero3, zero2-offload, zero3-offload, a JSON file
+    compile: bool = False  # torch.compile of each layer
+    fp8: bool = False  # the LLM's linear layers compute in fp8 (Hopper and newer)
     model: ModelRecipe
+    sources: dict[str, SourceRecipe] = {}
+    loader: LoaderRecipe = LoaderRecipe()
+    validation: ValidationRecipe | None = None
+    evaluation: EvaluationRecipe | None = None
     tracking: TrackingRecipe = TrackingRecipe()
     checkpoint: CheckpointRecipe = CheckpointRecipe()
     stages: list[StageRecipe] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _unique_names(self) -> "Recipe":
+    def _consistent(self) -> "Recipe":
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"stages are named {names}; accepted: names that differ")
+        if "glyphs" in self.sources:
+            raise ValueError("sources.glyphs: the name is that of the embedded data; accepted: another one")
+        for stage in self.stages:
+            for data in stage.data:
+                if isinstance(data, SourceData) and data.source not in self.sources:
+                    known = ", ".join(self.sources) or "none yet, sources is empty"
+                    raise ValueError(f"stages.{stage.name}.data names source {data.source!r}; accepted: {known}")
+        if self.checkpoint.keep_best and self.validation is None:
+            raise ValueError("checkpoint.keep_best has no effect without validation")
+        if self.engine != "torch":
+            for stage in self.stages:
+                if stage.lora and stage.lora.quantize:
+                    raise ValueError(
+                        f"engine is {self.engine!r}; with stages.{stage.name}.lora.quantize accepted: torch"
+                    )
         return self
 
 

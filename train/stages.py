@@ -1,173 +1,154 @@
-"""What a stage optimises, and the batches it does that on."""
+"""A stage's data, objective and trained parameters, put together from its recipe."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Any, Literal
 
-import numpy as np
-import torch
 from torch import nn
 
-from ..data.document import Image, Text, Video
+from ..data.encoding import Sample, encode
 from ..data.glyphs import GlyphSource
+from ..data.loader import Loader, Packing, Share
 from ..data.mixture import Mixture
-from ..data.packing import Batch, Packer, collate
-from ..vlm.media import Video as DecodedVideo
-from ..vlm.media import load_image, load_video
+from ..data.packing import collate
+from ..data.regions import RegionSample, collate_regions, encode_regions
+from ..data.sources import Source, open_source, split
+from ..data.statistics import mean_tokens
+from ..vlm.config import FoveateConfig
+from ..vlm.media import MediaLimits
 from ..vlm.model import FoveateForConditionalGeneration
 from ..vlm.processor import FoveateProcessor
-from .recipe import StageRecipe
+from .flops import ModelFlops
+from .objectives import NextToken, RegionContrast
+from .recipe import GlyphData, Recipe, RecipeError, SourceData, StageRecipe
+
+LOGITS_TOKENS = 1024  # positions whose logits are held at a time
+Split = Literal["train", "validation"]
 
 
-class Batches(Protocol):
-    """Endless batches whose position can be saved and restored exactly."""
+def open_data(recipe: Recipe, data: GlyphData | SourceData, processor: FoveateProcessor, part: Split) -> Source:
+    """One entry of a stage's data.
 
-    def next(self) -> Batch: ...
-    def state_dict(self) -> dict: ...
-    def load_state_dict(self, state: dict) -> None: ...
-
-
-class PackedBatches:
-    """Batches of packed rows."""
-
-    def __init__(self, packer: Packer, rows: int, processor: FoveateProcessor):
-        self.packer, self.rows, self.processor = packer, rows, processor
-
-    def next(self) -> Batch:
-        return collate([self.packer.row() for _ in range(self.rows)], self.processor)
-
-    def state_dict(self) -> dict:
-        return self.packer.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.packer.load_state_dict(state)
-
-
-def _frames(video: Video) -> np.ndarray:
-    """All frames of a video, [frames, height, width, 3]."""
-    return (video.source if isinstance(video.source, DecodedVideo) else load_video(video.source)).frames
-
-
-class RegionBatches:
-    """Batches of images and frames with a text for each of their regions, for `RegionText`.
-
-    A document is an image or a clip and then its regions' texts, in raster order and frame by frame. A batch holds so
-    many documents; those with images come first.
+    Raises:
+        RecipeError: the source has no path yet.
+        SourceError: nothing that can be read lies at the path.
     """
-
-    def __init__(self, mixture: Mixture, documents: int, processor: FoveateProcessor):
-        self.mixture, self.documents, self.processor = mixture, documents, processor
-        self.next_index = 0
-
-    def next(self) -> Batch:
-        documents = [self.mixture.document(self.next_index + i) for i in range(self.documents)]
-        self.next_index += self.documents
-        documents.sort(key=lambda document: isinstance(document.parts[0], Video))
-        media = [document.parts[0] for document in documents]
-        images = [load_image(part.source) for part in media if isinstance(part, Image)]
-        frames = [frame for part in media if isinstance(part, Video) for frame in _frames(part)]
-        texts = [part.text for document in documents for part in document.parts if isinstance(part, Text)]
-        unique = sorted(set(texts))
-        number = {text: i for i, text in enumerate(unique)}
-        encoded = self.processor.tokenizer(unique, add_special_tokens=False, padding=True, return_tensors="pt")
-        inputs = {
-            "labels": torch.tensor([number[text] for text in texts]),  # [regions], the text that describes each
-            "text_ids": encoded["input_ids"],  # [texts, tokens]
-            "text_mask": encoded["attention_mask"],
-        }
-        if images:
-            inputs["pixel_values"] = self.processor.pixel_values(images)
-        if frames:
-            inputs["pixel_values_videos"] = self.processor.pixel_values(frames, video=True)
-        keys = tuple(document.key for document in documents)
-        return Batch(inputs | {"input_ids": encoded["input_ids"]}, keys, int(encoded["attention_mask"].sum()))
-
-    def state_dict(self) -> dict:
-        return {"next_index": self.next_index}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.next_index = state["next_index"]
+    if isinstance(data, GlyphData):
+        fields = data.model_dump(exclude={"source", "weight"})
+        if part == "validation":
+            fields |= {"split": "dev", "documents": None}
+        return GlyphSource(processor=processor, seed=recipe.seed, **fields)
+    found = recipe.sources[data.source]
+    if found.path is None:
+        about = f" ({found.about})" if found.about else ""
+        raise RecipeError(
+            f"sources.{data.source}.path is not filled in{about}; accepted: shards, JSON, JSON lines or a dataset on "
+            f"disk, for example sources.{data.source}.path=/data/{data.source}"
+        )
+    source = open_source(processor=processor, **found.model_dump(exclude={"about"}))
+    if recipe.validation is None:
+        return source
+    chosen = split(source, recipe.validation.fraction, recipe.seed, part)
+    if not chosen.documents:
+        raise RecipeError(
+            f"validation.fraction {recipe.validation.fraction} leaves source {data.source} of {source.documents} "
+            f"documents none for {part}; accepted: one that leaves both some"
+        )
+    return chosen
 
 
-class RegionText(nn.Module):
-    """Sigmoid contrast between image regions and texts that describe them: SigLIP's loss (arXiv 2303.15343, section
-    3.2) with a region in the place of an image. A region is a projected token, a text the sum of its words' input
-    embeddings. It warms up a tower and projector that start from random weights, in the place of a pretrained tower;
-    its own two parameters are thrown away after the stage.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor(2.3))
-        self.bias = nn.Parameter(torch.tensor(-6.0))
-
-    def forward(self, regions: torch.Tensor, texts: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The loss, a mean over regions of the sum over texts.
-
-        Args:
-            regions: [regions, D].
-            texts: [texts, D].
-            labels: number of the text that describes each region, [regions].
-
-        Raises:
-            ValueError: the numbers of regions and labels differ.
-        """
-        if len(regions) != len(labels):
-            raise ValueError(
-                f"the images have {len(regions)} tokens but {len(labels)} regions are described; both numbers must be "
-                "equal: a token for each region"
-            )
-        cosine = nn.functional.normalize(regions.float(), dim=-1) @ nn.functional.normalize(texts.float(), dim=-1).T
-        logits = cosine * self.log_scale.exp() + self.bias  # [regions, texts]
-        match = nn.functional.one_hot(labels, len(texts)).to(logits.dtype)
-        return nn.functional.binary_cross_entropy_with_logits(logits, match, reduction="sum") / len(regions)
+def make_mixture(recipe: Recipe, number: int, processor: FoveateProcessor, part: Split = "train") -> Mixture:
+    """A stage's documents in its proportions; the validation part is endless, the loader takes as many as it needs."""
+    stage = recipe.stages[number]
+    sources = [open_data(recipe, data, processor, part) for data in stage.data]
+    weights = [data.weight for data in stage.data]
+    if stage.weights == "tokens":
+        for i, (data, source) in enumerate(zip(stage.data, sources, strict=True)):
+            weights[i] /= getattr(data, "mean_tokens", None) or mean_tokens(source, processor)
+    epochs = stage.epochs if part == "train" else None
+    return Mixture(sources, weights, recipe.seed + number, epochs, stage.shuffle)
 
 
-def make_head(stage: StageRecipe) -> nn.Module | None:
-    """The objective's own parameters, where it has any."""
-    return RegionText() if stage.objective == "region_text" else None
-
-
-def make_batches(stage: StageRecipe, processor: FoveateProcessor, seed: int) -> Batches:
-    """The stage's mixture, packed."""
-    sources = [
-        GlyphSource(processor=processor, seed=seed, **data.model_dump(exclude={"source", "weight"}))
-        for data in stage.data
-    ]
-    mixture = Mixture(sources, [data.weight for data in stage.data], processor, seed)
-    batch = stage.batch
+def make_loader(
+    recipe: Recipe,
+    number: int,
+    config: FoveateConfig,
+    processor: FoveateProcessor,
+    share: Share | None = None,
+    part: Split = "train",
+    flag: Callable[[], bool] = lambda: False,
+) -> Loader:
+    """A stage's loader; of the part `validation`, as many documents as the recipe asks for, once."""
+    stage, batch = recipe.stages[number], recipe.stages[number].batch
+    limits = MediaLimits(max_pixels=recipe.loader.max_pixels, max_frames=recipe.loader.max_frames)
+    mixture = make_mixture(recipe, number, processor, part)
+    training = part == "train"
+    options: dict[str, Any] = {
+        "share": share,
+        "workers": recipe.loader.workers if training else 0,
+        "max_bad_fraction": recipe.loader.max_bad_fraction,
+        "log_keys": training and recipe.tracking.documents,
+        "flag": flag,
+        "limit": None if training or recipe.validation is None else recipe.validation.documents,
+    }
     if stage.objective == "region_text":
-        return RegionBatches(mixture, batch.rows, processor)
-    return PackedBatches(Packer(mixture, batch.tokens, batch.tiles, batch.window), batch.rows, processor)
+        return Loader(
+            mixture,
+            Packing(batch.rows, batch.micro_batches, tokens=2**31, tiles=2**31, window=1, reserve=1),
+            partial(encode_regions, processor=processor, limits=limits),
+            partial(collate_regions, processor=processor),
+            _tiles,
+            **options,
+        )
+    return Loader(
+        mixture,
+        Packing(batch.rows, batch.micro_batches, batch.tokens, batch.tiles, batch.window, batch.reserve),
+        partial(encode, processor=processor, limits=limits),
+        partial(collate, processor=processor),
+        SampleCost(config, stage),
+        **options,
+    )
 
 
-def make_losses(
-    stage: StageRecipe,
-    model: FoveateForConditionalGeneration,
-    head: nn.Module | None,
-    batches: list[Batch],
-    device: torch.device,
-) -> list[Callable[[], torch.Tensor]]:
-    """One call a micro-batch that gives its share of the step's loss.
+class SampleCost:
+    """Operations that training on a sample takes, tower and attention included; what step costs are summed from.
 
-    `next_token`: cross-entropy, summed and divided by the valid tokens of all micro-batches.
+    Of a model whose operations can't be counted (experts, latent attention) it is the number of tokens, `exact` is
+    False, and there is no MFU.
     """
-    total = sum(batch.loss_tokens for batch in batches)
 
-    def next_token(batch: Batch) -> torch.Tensor:
-        inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-        return model(**inputs, use_cache=False, num_items_in_batch=torch.tensor(total, device=device)).loss
+    def __init__(self, config: FoveateConfig, stage: StageRecipe):
+        self.trains = tuple(stage.learning_rates)
+        try:
+            self.flops: ModelFlops | None = ModelFlops.from_config(config)
+        except ValueError:
+            self.flops = None
 
-    def region_text(batch: Batch) -> torch.Tensor:
-        inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-        assert head is not None
-        regions = [
-            model.get_image_features(inputs[name])["pooler_output"].flatten(0, 1)
-            for name in ("pixel_values", "pixel_values_videos")
-            if name in inputs
-        ]
-        words = model.get_input_embeddings()(inputs["text_ids"]) * inputs["text_mask"].unsqueeze(-1)
-        return head(torch.cat(regions), words.sum(1), inputs["labels"])
+    @property
+    def exact(self) -> bool:
+        return self.flops is not None
 
-    loss_of = next_token if stage.objective == "next_token" else region_text
-    return [partial(loss_of, batch) for batch in batches]
+    def __call__(self, sample: Sample) -> float:
+        if self.flops is None:
+            return float(sample.tokens)
+        tiles: dict[tuple[int, int], int] = {}
+        for pixels in (sample.images, sample.frames):
+            if len(pixels):
+                size = (pixels.shape[1], pixels.shape[2])
+                tiles[size] = tiles.get(size, 0) + len(pixels)
+        return self.flops.document(sample.tokens, tiles, self.trains, sample.loss_tokens)
+
+
+def _tiles(sample: RegionSample) -> float:
+    """What a document costs where the LLM does not run."""
+    return float(sample.tiles)
+
+
+def make_objective(
+    stage: StageRecipe, model: FoveateForConditionalGeneration, processor: FoveateProcessor, same_calls: bool
+) -> nn.Module:
+    """The module that a stage's engine trains; see `objectives`."""
+    if stage.objective == "region_text":
+        return RegionContrast(model)
+    chunks = -(-stage.batch.rows * stage.batch.tokens // LOGITS_TOKENS)
+    return NextToken(model, processor, chunks, same_calls)

@@ -187,6 +187,34 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         self._check_count(int(mask.sum()), 0 if features is None else len(features), kind)
         return embeds if features is None else embeds.masked_scatter(mask.unsqueeze(-1), features.to(embeds))
 
+    def get_inputs_embeds(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        video_features: torch.Tensor | None = None,
+        decoding: bool = False,
+    ) -> torch.Tensor:
+        """What the decoder reads, [batch, tokens, D]: the embeddings of `input_ids`, media in their places.
+
+        Args:
+            input_ids, pixel_values, pixel_values_videos, image_features, video_features: see `forward`.
+            decoding: `input_ids` continue a KV cache; a media token that was generated is then a token like others.
+
+        Raises:
+            ValueError: the number of placeholders and of features differ.
+        """
+        if pixel_values is not None:
+            image_features = _tokens(self.get_image_features(pixel_values))
+        if pixel_values_videos is not None:
+            video_features = _tokens(self.get_video_features(pixel_values_videos))
+        embeds = self.get_input_embeddings()(input_ids)
+        for kind, features in (("image", image_features), ("video", video_features)):
+            if features is not None or not decoding:
+                embeds = self._scatter(embeds, input_ids, kind, features)
+        return embeds
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -224,17 +252,11 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        if pixel_values is not None:
-            image_features = _tokens(self.get_image_features(pixel_values))
-        if pixel_values_videos is not None:
-            video_features = _tokens(self.get_video_features(pixel_values_videos))
+        media = (pixel_values, pixel_values_videos, image_features, video_features)
         if input_ids is not None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
             decoding = past_key_values is not None and past_key_values.get_seq_length() > 0
-            for kind, features in (("image", image_features), ("video", video_features)):
-                if features is not None or not decoding:
-                    inputs_embeds = self._scatter(inputs_embeds, input_ids, kind, features)
-        elif image_features is not None or video_features is not None:
+            inputs_embeds = self.get_inputs_embeds(input_ids, *media, decoding=decoding)
+        elif any(given is not None for given in media):
             raise ValueError("media inputs need input_ids, whose placeholders say where they belong")
         return self.language_model(
             inputs_embeds=inputs_embeds,

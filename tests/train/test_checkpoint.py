@@ -2,34 +2,43 @@ import itertools
 import json
 import pickletools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from threading import Barrier, Event, Thread
+from typing import Any
 
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 
 from foveate.train import checkpoint
+from foveate.train.build import load_weights
 from foveate.train.checkpoint import (
     CheckpointError,
-    load_checkpoint,
-    load_optimizer_tensors,
+    CheckpointTensors,
+    CheckpointWriter,
+    is_whole,
     load_rng_tensors,
-    load_weight_tensors,
     newest_checkpoint,
-    optimizer_tensors,
+    read_state,
     rng_tensors,
-    save_checkpoint,
-    weight_tensors,
 )
 
-FILES = ["manifest.json", "optimizer.safetensors", "state.json", "weights.safetensors"]
+STATE = "state-00000-of-00001.safetensors"
+FILES = ["manifest.json", STATE, "state.json"]
 
 
 def save(folder: Path, step: int, keep: int = 2) -> Path:
-    weights = {"a": torch.full((3, 2), float(step)), "b": torch.arange(4)}
-    optimizer = {"0.exp_avg": torch.full((2,), -float(step)), "0.step": torch.tensor(float(step))}
-    return save_checkpoint(folder, step, {"weights": weights, "optimizer": optimizer}, {"step": step}, keep)
+    tensors = {"weight/a": torch.full((3, 2), float(step)), "optimizer/a/step": torch.tensor(float(step))}
+    CheckpointWriter(folder, keep).save(step, tensors, {"step": step})
+    return folder / f"step-{step:08d}"
+
+
+def load(path: Path) -> dict[str, torch.Tensor]:
+    with CheckpointTensors(path) as tensors:
+        return dict(tensors)
 
 
 def names(folder: Path) -> list[str]:
@@ -40,12 +49,105 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     path = save(tmp_path / "run" / "checkpoints", 120)
     assert path.name == "step-00000120"
     assert names(path) == FILES
-    tensors, state = load_checkpoint(path)
-    assert state == {"step": 120}
-    assert set(tensors) == {"weights", "optimizer"}
-    assert tensors["weights"]["a"].equal(torch.full((3, 2), 120.0))
-    assert tensors["weights"]["b"].equal(torch.arange(4))
-    assert tensors["optimizer"]["0.step"].equal(torch.tensor(120.0))
+    assert read_state(path) == {"step": 120}
+    tensors = load(path)
+    assert set(tensors) == {"weight/a", "optimizer/a/step"}
+    assert tensors["weight/a"].equal(torch.full((3, 2), 120.0))
+    assert tensors["optimizer/a/step"].equal(torch.tensor(120.0))
+
+
+def gathers(ranks: int) -> list[Callable[[Any], list[Any]]]:
+    """The all-gather of so many threads."""
+    barrier, told = Barrier(ranks, timeout=30), [None] * ranks
+
+    def of(rank: int) -> Callable[[Any], list[Any]]:
+        def gather(value: Any) -> list[Any]:
+            told[rank] = value
+            barrier.wait()
+            copy = list(told)
+            barrier.wait()
+            return copy
+
+        return gather
+
+    return [of(rank) for rank in range(ranks)]
+
+
+def save_shares(folder: Path, step: int, shares: list[dict[str, torch.Tensor]], asynchronous: bool) -> list[Exception]:
+    """Each rank's share, from a thread; the errors."""
+    errors: list[Exception] = []
+
+    def each(rank: int, gather: Callable) -> None:
+        options = {"rank": rank, "ranks": len(shares), "gather": gather, "asynchronous": asynchronous}
+        writer = CheckpointWriter(folder, 2, **options)
+        try:
+            writer.save(step, shares[rank], {"from": rank})
+            writer.wait()
+        except CheckpointError as error:
+            errors.append(error)
+
+    threads = [Thread(target=each, args=(rank, gather)) for rank, gather in enumerate(gathers(len(shares)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    return errors
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_shares_of_all_ranks_are_one_checkpoint(tmp_path: Path, asynchronous: bool) -> None:
+    shares = [{"weight/a": torch.zeros(2)}, {"weight/b": torch.ones(3)}, {}]
+    assert save_shares(tmp_path, 4, shares, asynchronous) == []
+    path = newest_checkpoint(tmp_path)
+    assert names(path) == ["manifest.json", *(f"state-{r:05d}-of-00003.safetensors" for r in range(3)), "state.json"]
+    assert read_state(path) == {"from": 0}
+    assert {name: tensor.tolist() for name, tensor in load(path).items()} == {"weight/a": [0, 0], "weight/b": [1, 1, 1]}
+
+
+def test_failure_of_one_rank_is_that_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 3)
+    real = checkpoint.save_file
+
+    def full(tensors: dict, path: Path) -> None:
+        if "00001-of" in str(path):
+            raise OSError(28, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    errors = save_shares(tmp_path, 4, [{"weight/a": torch.zeros(2)}, {"weight/b": torch.ones(3)}], True)
+    assert len(errors) == 2 and all("No space left" in str(error) for error in errors)
+    assert names(tmp_path) == ["step-00000003"]
+
+
+def test_asynchronous_save_is_told_of_a_failure_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = CheckpointWriter(tmp_path, 2, asynchronous=True)
+    started, go_on = Event(), Event()
+
+    def full(tensors: dict, path: Path) -> None:
+        started.set()
+        assert go_on.wait(30)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    writer.save(1, {"weight/a": torch.zeros(2)}, {})
+    assert started.wait(30)  # `save` came back while it was still being written
+    assert newest_checkpoint(tmp_path) is None
+    go_on.set()
+    with pytest.raises(CheckpointError, match=r"step-00000001: can't be written: .*No space"):
+        writer.wait()
+    monkeypatch.undo()
+    writer.save(2, {"weight/a": torch.zeros(2)}, {})
+    writer.wait()
+    assert newest_checkpoint(tmp_path).name == "step-00000002"
+
+
+def test_best_is_kept_besides_the_newest(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, keep=1, keep_best=True)
+    for step, loss in enumerate([3.0, 1.0, None, 2.0, 1.5], 1):
+        writer.save(step, {}, {"validation_loss": loss})
+    assert names(tmp_path) == ["step-00000002", "step-00000005"]
+    writer.save(6, {}, {"validation_loss": 0.5})
+    assert names(tmp_path) == ["step-00000006"]
 
 
 def test_no_file_is_a_pickle(tmp_path: Path) -> None:
@@ -106,8 +208,7 @@ def test_damaged_checkpoint_is_not_loaded_and_the_one_before_is(tmp_path: Path, 
     before, damaged = save(tmp_path, 1), save(tmp_path, 2)
     spoil(damaged / file, how)
     assert newest_checkpoint(tmp_path) == before
-    with pytest.raises(CheckpointError, match="step-00000002: not whole"):
-        load_checkpoint(damaged)
+    assert not is_whole(damaged)
 
 
 def test_every_cut_and_every_flipped_byte_of_the_manifest_is_noticed(tmp_path: Path) -> None:
@@ -134,8 +235,8 @@ def test_a_checkpoint_still_being_written_is_not_loaded_and_then_cleared_away(tm
 
 def test_a_file_that_the_manifest_does_not_name_is_not_read(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
-    shutil.copy(path / "weights.safetensors", path / "head.safetensors")
-    assert set(load_checkpoint(path)[0]) == {"weights", "optimizer"}
+    save_file({"weight/b": torch.zeros(2)}, path / "state-00001-of-00002.safetensors")
+    assert set(load(path)) == {"weight/a", "optimizer/a/step"}
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -144,7 +245,7 @@ def test_damaged_later_checkpoints_do_not_push_out_whole_ones(tmp_path: Path, ke
     for step in (5, 9, 10):
         save(tmp_path, step, keep=3)
     for step in (9, 10):
-        spoil(tmp_path / f"step-{step:08d}" / "weights.safetensors", "cut 50%")
+        spoil(tmp_path / f"step-{step:08d}" / STATE, "cut 50%")
     save(tmp_path, 6, keep=keep)
     assert newest_checkpoint(tmp_path).name == "step-00000006"
     assert names(tmp_path) == ["step-00000005", "step-00000006"][-keep:]
@@ -152,7 +253,7 @@ def test_damaged_later_checkpoints_do_not_push_out_whole_ones(tmp_path: Path, ke
 
 def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     path = save(tmp_path, 4)
-    spoil(path / "weights.safetensors", "cut 50%")
+    spoil(path / STATE, "cut 50%")
     assert save(tmp_path, 4) == newest_checkpoint(tmp_path) == path
 
 
@@ -170,7 +271,7 @@ def test_failed_write_leaves_earlier_checkpoints(
     calls = itertools.count()
 
     def fail(*arguments: object) -> object:
-        if next(calls) == 1:  # not at once: something is on disk already
+        if next(calls) == (failing != "save_file"):  # where that can be, something is on disk already
             raise error
         return real(*arguments)
 
@@ -218,74 +319,39 @@ class Tied(nn.Module):
         return self.head(self.norm(self.embed(ids))).logsumexp(-1).mean()
 
 
-def test_tied_weights_are_stored_once_and_stay_tied() -> None:
+def stored(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {f"weight/{name}": parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def test_tied_weights_stay_tied() -> None:
     torch.manual_seed(0)
     module, other = Tied(), Tied()
-    stored = weight_tensors(module)
-    assert sum(t.shape == (7, 4) for t in stored.values()) == 1
-    assert "norm.running_mean" in stored
-    load_weight_tensors(other, {name: tensor.clone() for name, tensor in stored.items()})
+    load_weights(other, stored(module), "")
     assert other.head.weight is other.embed.weight
-    for name, tensor in module.state_dict().items():
-        assert other.state_dict()[name].equal(tensor)
+    assert other.head.weight.equal(module.head.weight)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("norm.weight"), "names .*norm.weight"),
-        (lambda t: t.update(extra=torch.zeros(1)), "names .*extra"),
-        (lambda t: t.update({"norm.weight": torch.zeros(5)}), r"norm.weight has shape \(5,\).*\(4,\)"),
+        (lambda t: t.pop("weight/norm.weight"), "names .*norm.weight"),
+        (lambda t: t.update({"weight/extra": torch.zeros(1)}), "names .*extra"),
+        (lambda t: t.update({"weight/norm.weight": torch.zeros(5)}), r"norm.weight has shape \(5,\).*\(4,\)"),
     ],
 )
-def test_weights_of_another_model_are_refused(change: object, message: str) -> None:
-    tensors = dict(weight_tensors(Tied()))
+def test_weights_of_another_model_are_refused(change: Callable, message: str) -> None:
+    tensors = stored(Tied())
     change(tensors)
     with pytest.raises(CheckpointError, match=message):
-        load_weight_tensors(Tied(), tensors)
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_restored_optimizer_goes_on_bit_identically(tmp_path: Path, fused: bool) -> None:
-    ids = torch.tensor([1, 2, 3, 3, 6])
-
-    def fresh() -> tuple[Tied, torch.optim.AdamW]:
-        torch.manual_seed(1)
-        module = Tied()
-        decayed = [p for p in module.parameters() if p.ndim >= 2]
-        plain = [p for p in module.parameters() if p.ndim < 2]
-        groups = [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "part": "llm", "peak_lr": 0.1}]
-        return module, torch.optim.AdamW(groups, lr=0.1, weight_decay=0.5, fused=fused)
-
-    def steps(module: Tied, optimizer: torch.optim.AdamW, n: int) -> None:
-        for _ in range(n):
-            module(ids).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    module, optimizer = fresh()
-    steps(module, optimizer, 3)
-    save_checkpoint(
-        tmp_path, 3, {"weights": weight_tensors(module), "optimizer": optimizer_tensors(optimizer)}, {}, keep=1
-    )
-    steps(module, optimizer, 3)
-
-    tensors, _ = load_checkpoint(tmp_path / "step-00000003")
-    other, restored = fresh()
-    load_weight_tensors(other, tensors["weights"])
-    load_optimizer_tensors(restored, tensors["optimizer"])
-    assert restored.param_groups[1]["part"] == "llm"
-    steps(other, restored, 3)
-    for name, value in module.state_dict().items():
-        assert other.state_dict()[name].equal(value), name
+        load_weights(Tied(), tensors, "")
 
 
 def test_restored_random_numbers_go_on_as_before(tmp_path: Path) -> None:
     torch.manual_seed(5)
     torch.rand(7)
-    save_checkpoint(tmp_path, 1, {"rng": rng_tensors()}, {}, keep=1)
+    CheckpointWriter(tmp_path, 1).save(1, rng_tensors(rank=0), {})
     expected = torch.rand(9), torch.nn.functional.dropout(torch.ones(50))
     torch.manual_seed(99)
-    load_rng_tensors(load_checkpoint(tmp_path / "step-00000001")[0]["rng"])
+    load_rng_tensors(load(tmp_path / "step-00000001"), rank=0)
     assert torch.rand(9).equal(expected[0])
     assert torch.nn.functional.dropout(torch.ones(50)).equal(expected[1])

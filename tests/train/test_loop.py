@@ -1,4 +1,5 @@
 import io
+import itertools
 import json
 import os
 import signal
@@ -14,15 +15,18 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from foveate.train import loop
-from foveate.train.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint
+from foveate.train.build import build_model
+from foveate.train.checkpoint import CheckpointError, newest_checkpoint, read_state
 from foveate.train.engine import NonFiniteError
-from foveate.train.loop import train
+from foveate.train.loop import Requeue, train
+from foveate.train.objectives import NextToken
 from foveate.train.recipe import Recipe, RecipeError
+from foveate.train.stages import make_loader
 from foveate.train.tracking import read_metrics
 from foveate.vlm.chat import load_model
 
 STAGES = {"warmup": 5, "align": 9, "video": 12, "last": 15}  # of the tiny recipe: the step at which each ends
-TIMES = {"tokens_per_s", "data_wait", "seconds"}  # what differs from run to run
+TIMES = {"tokens_per_s", "samples_per_s", "step_s", "data_wait", "seconds", "memory_bytes"}  # differ from run to run
 
 
 @pytest.fixture
@@ -161,7 +165,7 @@ def test_nothing_to_resume_is_an_error(tiny_recipe: Callable[..., Recipe], tmp_p
 @pytest.mark.parametrize(
     ("override", "named"),
     [("seed=3", "seed"), ("stages.last.steps=9", "stages"), ("model.vision_feature_layer=-1", "model"),
-     ("threads=2", "threads"), ("precision=bf16", "precision")],
+     ("loader.max_bad_fraction=0.5", "loader"), ("precision=bf16", "precision")],
 )  # fmt: skip
 def test_resume_with_another_recipe_is_refused(
     uninterrupted: Path, tiny_recipe: Callable[..., Recipe], quiet: Console, override: str, named: str
@@ -213,22 +217,22 @@ def test_non_finite_loss_stops_the_run_before_its_step(
     quiet: Console,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    keys: list[list[str]] = []
+    calls = itertools.count(1)
+    real = NextToken.forward
 
-    def poisoned(stage: object, model: object, head: object, batches: list, device: object) -> list:
-        losses = make_losses(stage, model, head, batches, device)
-        keys.append([key for batch in batches[1:2] for key in batch.keys])
-        if len(keys) == 8:  # step 8, the second of two micro-batches
-            return [losses[0], lambda: losses[1]() * float("nan")]
-        return losses
+    def poisoned(self: NextToken, inputs: dict, total: float) -> torch.Tensor:
+        loss = real(self, inputs, total)
+        return loss * float("nan") if next(calls) == 6 else loss  # the second micro-batch of step 8, the stage's third
 
-    make_losses = loop.make_losses
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "make_losses", poisoned)
+        patch.setattr(NextToken, "forward", poisoned)
         with pytest.raises(NonFiniteError, match="loss is nan") as caught:
             train(tiny_recipe(), tmp_path, console=quiet)
-    assert str(caught.value).split(": ", 1)[1].split(", ") == keys[-1]
-    assert load_checkpoint(newest_checkpoint(tmp_path / "checkpoints"))[1]["step"] == 6
+    model, processor = build_model(tiny_recipe().model)
+    loader = make_loader(tiny_recipe(), 1, model.config, processor)
+    step = [loader.next() for _ in range(3)][-1]
+    assert str(caught.value).split(": ", 1)[1].split(", ") == list(step.micro[1].keys)
+    assert read_state(newest_checkpoint(tmp_path / "checkpoints"))["step"] == 6
     train(tiny_recipe(), tmp_path, resume=True, console=quiet)
     assert_same_run(uninterrupted, tmp_path)
 
@@ -236,13 +240,13 @@ def test_non_finite_loss_stops_the_run_before_its_step(
 # Interrupted runs
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("at", [2, 4, 7, 13])  # the next step ends a stage's middle, its end, …
 def test_interrupted_run_saves_its_step_and_resumes_bit_identically(
     tiny_recipe: Callable[..., Recipe], uninterrupted: Path, tmp_path: Path, quiet: Console, at: int, number: int
 ) -> None:
     before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else Requeue):
         train(
             tiny_recipe(),
             tmp_path,
@@ -250,7 +254,7 @@ def test_interrupted_run_saves_its_step_and_resumes_bit_identically(
             after_step=lambda step: signal.raise_signal(number) if step == at else None,
         )
     assert signal.getsignal(number) == before
-    assert load_checkpoint(newest_checkpoint(tmp_path / "checkpoints"))[1]["step"] == at + 1
+    assert read_state(newest_checkpoint(tmp_path / "checkpoints"))["step"] == at + 1
     train(tiny_recipe(), tmp_path, resume=True, console=quiet)
     assert_same_run(uninterrupted, tmp_path)
 
@@ -290,7 +294,7 @@ def forked(out, at=None, writing=None):
         real = checkpoint.save_file
 
         def torn(tensors, path):
-            if f"{writing:08d}" in str(path) and path.stem != "weights":
+            if f"{writing:08d}" in str(path) and path.suffix == ".safetensors":
                 path.write_bytes(b"half a file")
                 kill()
             real(tensors, path)

@@ -6,13 +6,13 @@ import torch
 from torch import nn
 
 from foveate.train.build import build_model
-from foveate.train.engine import PlainEngine
+from foveate.train.distributed import World
+from foveate.train.engine import Micro, TorchEngine
+from foveate.train.objectives import RegionText
 from foveate.train.optimizer import learning_rate_scale, make_optimizer, set_learning_rates, set_trainable
 from foveate.train.recipe import Recipe, StageRecipe
-from foveate.train.stages import make_batches, make_head, make_losses
+from foveate.train.stages import make_loader, make_objective
 from foveate.vlm.model import FoveateForConditionalGeneration
-
-CPU = torch.device("cpu")
 
 
 def stage_of(**fields: object) -> StageRecipe:
@@ -25,14 +25,14 @@ def test_schedule_is_linear_warm_up_and_cosine() -> None:
     stage = stage_of(steps=10, warmup_steps=4, final_fraction=0.1)
     cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * k / 6)) / 2 for k in range(6)]
     expected = [0.25, 0.5, 0.75, 1.0, *cosine]
-    assert [learning_rate_scale(step, stage) for step in range(10)] == pytest.approx(expected)
+    assert [learning_rate_scale(stage, step, 0.0) for step in range(10)] == pytest.approx(expected)
     assert expected[4] == 1.0
 
 
 @pytest.mark.parametrize(("steps", "warmup", "final"), [(1, 0, 0.0), (7, 0, 0.3), (100, 99, 0.0), (50, 10, 1.0)])
 def test_schedule_stays_between_its_ends(steps: int, warmup: int, final: float) -> None:
     stage = stage_of(steps=steps, warmup_steps=warmup, final_fraction=final)
-    scales = [learning_rate_scale(step, stage) for step in range(steps)]
+    scales = [learning_rate_scale(stage, step, 0.0) for step in range(steps)]
     assert scales[warmup] == 1.0
     assert scales[:warmup] == sorted(scales[:warmup]) and all(0 < s <= 1 for s in scales[:warmup])
     assert scales[warmup:] == sorted(scales[warmup:], reverse=True) and min(scales[warmup:]) >= final
@@ -43,7 +43,7 @@ def test_schedule_scales_every_part_from_its_own_peak() -> None:
     groups = [{"params": [a], "peak_lr": 3.0}, {"params": [b], "peak_lr": 0.5}]
     optimizer = torch.optim.AdamW(groups)
     for _ in range(2):  # the second time from rates that the first has set
-        set_learning_rates(optimizer, 1, stage_of(warmup_steps=4))
+        set_learning_rates(optimizer.param_groups, learning_rate_scale(stage_of(warmup_steps=4), 1, 0.0))
         assert [group["lr"] for group in optimizer.param_groups] == [1.5, 0.25]
 
 
@@ -51,6 +51,17 @@ def test_schedule_scales_every_part_from_its_own_peak() -> None:
 def model(tiny_recipe: Callable[..., Recipe]) -> FoveateForConditionalGeneration:
     torch.manual_seed(0)
     return build_model(tiny_recipe().model)[0]
+
+
+@pytest.mark.parametrize(("progress", "scale"), [(0.0, 1e-3 / 0.101), (0.05, 0.051 / 0.101), (0.1, 1.0), (0.55, 0.5)])
+def test_epochs_are_measured_by_progress(progress: float, scale: float) -> None:
+    stage = stage_of(steps=None, epochs=2, warmup_fraction=0.1, data=[{"kind": "captions", "documents": 9}])
+    assert learning_rate_scale(stage, 12345, progress) == pytest.approx(scale)
+
+
+def test_warmup_fraction_is_of_the_steps_and_constant_stays() -> None:
+    stage = stage_of(steps=20, warmup_fraction=0.1, schedule="constant")
+    assert [learning_rate_scale(stage, step, 0.0) for step in range(20)] == [0.5] + [1.0] * 19
 
 
 PARTS = [
@@ -87,10 +98,26 @@ def test_every_trained_parameter_is_in_one_group(
     assert any(name.endswith("bias") for name, _ in model.named_parameters())
 
 
+def test_parts_of_parts_train_alone_at_their_own_rates_and_decays(model: FoveateForConditionalGeneration) -> None:
+    rates = {"tower_norms": 1e-3, "llm_norms": 2e-3, "llm_embeddings": 3e-3}
+    stage = stage_of(learning_rates=rates, weight_decay=0.1, weight_decays={"llm_embeddings": 0.2})
+    set_trainable(model, stage)
+    groups = {id(p): group for group in make_optimizer(model, stage).param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        norm = type(model.get_submodule(name.rpartition(".")[0])).__name__.endswith("Norm")
+        embedding = "embed_tokens" in name  # the head is tied to it
+        trained = (norm and not name.startswith("multi_modal_projector")) or embedding
+        assert (parameter.requires_grad, id(parameter) in groups) == (trained, trained), name
+        if trained:
+            part = "llm_embeddings" if embedding else "tower_norms" if name.startswith("vision") else "llm_norms"
+            assert (groups[id(parameter)]["part"], groups[id(parameter)]["lr"]) == (part, rates[part])
+            assert groups[id(parameter)]["weight_decay"] == (0.2 if embedding else 0.0)
+
+
 def test_head_trains_at_the_highest_rate(model: FoveateForConditionalGeneration, tiny_recipe: Callable) -> None:
     stage = tiny_recipe("stages.warmup.weight_decay=0.3").stages[0]
     set_trainable(model, stage)
-    head = make_head(stage)
+    head = RegionText()
     groups = [g for g in make_optimizer(model, stage, head).param_groups if g["part"] == "head"]
     assert sum(len(g["params"]) for g in groups) == len(list(head.parameters()))
     assert {g["lr"] for g in groups} == {2e-3}
@@ -105,18 +132,18 @@ def train_steps(recipe: Recipe, number: int, steps: int = 3) -> tuple[dict, dict
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     stage = recipe.stages[number]
     set_trainable(model, stage)
-    head = make_head(stage)
-    optimizer = make_optimizer(model, stage, head)
-    engine = PlainEngine([model] if head is None else [model, head], optimizer, "fp32", stage.max_grad_norm, CPU)
-    batches = make_batches(stage, processor, seed=0)
+    objective = make_objective(stage, model, processor, same_calls=False)
+    optimizer = make_optimizer(model, stage, getattr(objective, "head", None))
+    engine = TorchEngine(objective, optimizer, "fp32", stage.max_grad_norm, World())
+    loader = make_loader(recipe, number, model.config, processor)
     for step in range(steps):
-        set_learning_rates(optimizer, step, stage)
-        batch = batches.next()
-        engine.step(make_losses(stage, model, head, [batch], CPU), [batch.keys])
-    for loss in make_losses(stage, model, head, [batches.next()], CPU):
-        loss().backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    return before, {name: p.detach() for name, p in model.named_parameters()}, gradients
+        batch = loader.next()
+        set_learning_rates(engine.param_groups, learning_rate_scale(stage, step, 0.0))
+        engine.step([Micro(micro.inputs, micro.keys) for micro in batch.micro], batch.loss_tokens)
+    after = {name: p.detach().clone() for name, p in model.named_parameters()}
+    batch = loader.next()
+    objective(batch.micro[0].inputs, batch.loss_tokens).backward()
+    return before, after, {name: p.grad for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("number", range(4))

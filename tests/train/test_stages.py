@@ -1,3 +1,4 @@
+import json
 import math
 from collections.abc import Callable
 
@@ -7,8 +8,9 @@ import torch
 
 from foveate.data.document import Image, Text
 from foveate.train.build import build_model
+from foveate.train.objectives import RegionText
 from foveate.train.recipe import Recipe
-from foveate.train.stages import RegionText, make_batches
+from foveate.train.stages import make_loader
 
 
 def test_region_text_is_the_sigmoid_loss() -> None:
@@ -22,22 +24,21 @@ def test_region_text_is_the_sigmoid_loss() -> None:
         for j, text in enumerate(texts.double().numpy()):
             logit = t * region @ text / np.linalg.norm(region) / np.linalg.norm(text) + b
             expected += math.log1p(math.exp(-logit if labels[i] == j else logit)) / len(regions)
-    assert head(regions, texts, labels).item() == pytest.approx(expected, rel=1e-5)
+    assert head(regions, texts, labels, len(regions)).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_each_region_has_its_text() -> None:
     with pytest.raises(ValueError, match="6 tokens but 5 regions"):
-        RegionText()(torch.randn(6, 8), torch.randn(4, 8), torch.zeros(5, dtype=torch.long))
+        RegionText()(torch.randn(6, 8), torch.randn(4, 8), torch.zeros(5, dtype=torch.long), 6)
 
 
 def test_region_batches_give_each_cell_its_words(tiny_recipe: Callable[..., Recipe]) -> None:
     recipe = tiny_recipe()
-    _, processor = build_model(recipe.model)
-    batches = make_batches(recipe.stages[0], processor, seed=0)
-    for _ in range(3):
-        first = batches.state_dict()["next_index"]
-        batch = batches.next()
-        documents = [batches.mixture.document(first + i) for i in range(2)]
+    model, processor = build_model(recipe.model)
+    loader = make_loader(recipe, 0, model.config, processor)
+    for step in range(3):
+        (batch,) = loader.next().micro
+        documents = [loader.mixture.document(2 * step + i) for i in range(2)]
         said = [
             processor.tokenizer.decode(batch.inputs["text_ids"][label], skip_special_tokens=True)
             for label in batch.inputs["labels"]
@@ -47,23 +48,23 @@ def test_region_batches_give_each_cell_its_words(tiny_recipe: Callable[..., Reci
         expected = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
         torch.testing.assert_close(batch.inputs["pixel_values"], expected, rtol=0, atol=1e-5)
         assert batch.keys == tuple(document.key for document in documents)
-        assert 0 < batch.used_tokens <= batch.positions
+        assert (batch.loss_tokens, batch.tiles) == (32, (1, 1))
 
 
 @pytest.mark.parametrize("number", range(4))
 def test_restored_batches_go_on(tiny_recipe: Callable[..., Recipe], number: int) -> None:
-    stage = tiny_recipe().stages[number]
-    _, processor = build_model(tiny_recipe().model)
-    ahead = make_batches(stage, processor, seed=1)
+    recipe = tiny_recipe()
+    model, processor = build_model(recipe.model)
+    ahead = make_loader(recipe, number, model.config, processor)
     for _ in range(3):
-        ahead.next()
-    behind = make_batches(stage, processor, seed=1)
-    behind.load_state_dict(ahead.state_dict())
+        step = ahead.next()
+    behind = make_loader(recipe, number, model.config, processor)
+    behind.load_state_dict(json.loads(json.dumps(step.state)))
     for _ in range(3):
-        a, b = ahead.next(), behind.next()
-        assert a.keys == b.keys
-        assert a.inputs.keys() == b.inputs.keys()
-        assert all(a.inputs[name].equal(b.inputs[name]) for name in a.inputs)
+        for a, b in zip(ahead.next().micro, behind.next().micro, strict=True):
+            assert a.keys == b.keys
+            assert a.inputs.keys() == b.inputs.keys()
+            assert all(a.inputs[name].equal(b.inputs[name]) for name in a.inputs)
 
 
 def test_pictures_and_frames_of_a_region_batch_stand_in_the_order_of_their_texts(
@@ -72,8 +73,8 @@ def test_pictures_and_frames_of_a_region_batch_stand_in_the_order_of_their_texts
     recipe = tiny_recipe(
         "stages.warmup.data=[{kind: regions}, {kind: frame_regions, frames: [1, 3]}]", "stages.warmup.batch.rows=6"
     )
-    _, processor = build_model(recipe.model)
-    batch = make_batches(recipe.stages[0], processor, seed=0).next()
+    model, processor = build_model(recipe.model)
+    (batch,) = make_loader(recipe, 0, model.config, processor).next().micro
     said = [processor.tokenizer.decode(ids, skip_special_tokens=True) for ids in batch.inputs["text_ids"]]
     texts = [said[label] for label in batch.inputs["labels"]]
     pictures, frames = batch.inputs["pixel_values"], batch.inputs["pixel_values_videos"]

@@ -1,0 +1,537 @@
+"""The loader: documents read and encoded by workers, packed by group, the same for any number of ranks and workers.
+
+A step has a fixed number of micro-batches. Each belongs to a *group*: group g packs the documents at the positions
+g, g + groups, g + 2·groups, … of the mixture. A rank owns groups / ranks of them, so what a step holds depends neither
+on the number of ranks nor on the number of workers. The state is positions alone: what waits to be packed is read
+again, and nothing else is replayed.
+"""
+
+import os
+import queue
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from .document import Document, DocumentError
+from .mixture import Mixture
+from .packing import Batch, Packer, RowFacts, Waiting, choose_rows
+
+CHUNK = 4  # documents a worker reads at a time
+SURELY_SEEN = 1000  # documents on which `max_bad_fraction` is judged at least
+NAMED_AT_MOST = 20  # documents in the error
+PATIENCE = 64  # steps that a packed row waits at most for rows that cost as much
+
+
+class TooManyBadError(RuntimeError):
+    """More documents could not be used than `max_bad_fraction` allows; the message lists them with their reasons."""
+
+
+class LoaderStateError(ValueError):
+    """A loader state that is not this loader's; the message says what differs and what would be accepted."""
+
+
+class Item(Protocol):
+    """An encoded document: a `Sample`, or what an objective of its own makes of a document."""
+
+    key: str
+
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def tiles(self) -> int: ...
+    @property
+    def loss_tokens(self) -> int: ...
+
+
+AnyItem = TypeVar("AnyItem", bound=Item)
+
+
+@dataclass(frozen=True)
+class BadDocument:
+    """A document that can't be used, and why."""
+
+    key: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How documents become batches.
+
+    Args:
+        rows: rows of a micro-batch.
+        groups: micro-batches of a step, over all ranks.
+        tokens, tiles: budgets of a row.
+        window: documents of a group that wait to be packed.
+        reserve: packed rows of a group from which a step's are chosen, so that ranks' costs are alike.
+    """
+
+    rows: int
+    groups: int
+    tokens: int
+    tiles: int
+    window: int = 64
+    reserve: int = 4
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which groups a rank owns, and how ranks tell each other of theirs.
+
+    Args:
+        rank, ranks: this one, and how many.
+        gather: all-gather of an object; from one thread only.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    gather: Callable[[Any], list[Any]] = field(default=lambda value: [value])
+
+    def groups(self, of: int) -> range:
+        """Raises ValueError where the groups can't be shared out evenly."""
+        if of % self.ranks:
+            raise ValueError(
+                f"{of} micro-batches a step can't be shared by {self.ranks} processes; accepted: a multiple of them"
+            )
+        each = of // self.ranks
+        return range(self.rank * each, (self.rank + 1) * each)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step trains on."""
+
+    micro: list[Batch]  # this rank's
+    loss_tokens: int  # of all ranks, as are all that follow
+    tokens: int
+    positions: int  # padding included
+    documents: int
+    costs: list[float]  # of each group, in FLOPs
+    progress: float  # of a finite mixture, before this step
+    keys: list[str] | None  # where they are logged
+    bad: list[BadDocument]  # found since the step before
+    bad_counts: Mapping[str, int]  # by reason, from the beginning
+    flagged: bool  # whether any rank's flag was up
+    state: dict  # of this rank's groups, after this step
+
+
+class _Documents(Dataset, Generic[AnyItem]):
+    """Positions to encoded documents, in a worker."""
+
+    def __init__(self, mixture: Mixture, encode: Callable[[Document], AnyItem]):
+        self.mixture, self.encode = mixture, encode
+
+    def __getitem__(self, positions: Sequence[int]) -> "list[AnyItem | BadDocument]":
+        return [self.read(position) for position in positions]
+
+    def read(self, position: int) -> "AnyItem | BadDocument":
+        try:
+            return self.encode(self.mixture.document(position))
+        except DocumentError as error:
+            return BadDocument(error.key, error.reason, error.message)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A packed row."""
+
+    waiting: list[Waiting]
+    facts: RowFacts
+
+    @property
+    def items(self) -> list[Any]:
+        return [waiting.sample for waiting in self.waiting]
+
+
+class _Group(Generic[AnyItem]):
+    """One group's documents on their way: requested, arrived, waiting to be packed, packed."""
+
+    def __init__(self, number: int, packing: Packing, total: int | None):
+        self.number, self.packing, self.total = number, packing, total
+        self.packer = Packer(packing.tokens, packing.tiles, packing.window)
+        self.pool: list[_Row] = []  # packed, oldest first
+        self.admitted = 0  # documents of this group that came to the packer, or were refused
+        self.arrived: deque[tuple[int, Any]] = deque()
+        self.again: deque[int] = deque()  # positions that a restored group has to read again
+        self.restored: dict | None = None  # a state whose documents are yet to be read again
+        self.requested = 0
+        self.supply = 0  # requested and not yet admitted
+
+    def position(self, number: int) -> int:
+        return self.number + self.packing.groups * number
+
+    def next_requests(self) -> list[int]:
+        """The positions to read next; none at the end of the data."""
+        wanted = []
+        while len(wanted) < CHUNK:
+            if self.again:
+                wanted.append(self.again.popleft())
+            elif self.total is not None and self.position(self.requested) >= self.total:
+                break
+            else:
+                wanted.append(self.position(self.requested))
+                self.requested += 1
+        self.supply += len(wanted)
+        return wanted
+
+    @property
+    def ended(self) -> bool:
+        """No document is left to be admitted."""
+        return self.total is not None and self.position(self.admitted) >= self.total
+
+    def state(self) -> dict:
+        return {
+            "group": self.number,
+            "admitted": self.admitted,
+            "waiting": [waiting.position for waiting in self.packer.waiting],
+            "pool": [[row.facts.since, [waiting.position for waiting in row.waiting]] for row in self.pool],
+        }
+
+    def load_state(self, state: dict) -> None:
+        self.requested = self.admitted = state["admitted"]
+        self.again = deque([*(p for _, row in state["pool"] for p in row), *state["waiting"]])
+        self.restored = state
+
+
+class Loader(Generic[AnyItem]):
+    """Steps of packed micro-batches.
+
+    Args:
+        mixture: the documents.
+        packing: budgets, groups.
+        encode: a document to an item, in the workers.
+        collate: rows of items to a batch.
+        cost: what an item costs to compute, in any unit.
+        share: this rank's part.
+        workers: processes that read and encode; 0 does it in this one.
+        max_bad_fraction: of the documents seen (of `SURELY_SEEN` at least) that may be unusable.
+        log_keys: whether steps name their documents.
+        flag: read each step; `Step.flagged` is true on all ranks where it was true on any.
+        limit: documents after which the data ends, also where the mixture is endless.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        packing: Packing,
+        encode: Callable[[Document], AnyItem],
+        collate: Callable[[list[list[AnyItem]]], Batch],
+        cost: Callable[[AnyItem], float],
+        share: Share | None = None,
+        workers: int = 0,
+        max_bad_fraction: float = 0.01,
+        log_keys: bool = False,
+        flag: Callable[[], bool] = lambda: False,
+        limit: int | None = None,
+    ):
+        self.mixture, self.packing, self.encode, self.collate, self.cost = mixture, packing, encode, collate, cost
+        self.share, self.workers, self.max_bad_fraction = share or Share(), workers, max_bad_fraction
+        self.log_keys, self.flag = log_keys, flag
+        ends = [end for end in (mixture.documents, limit) if end is not None]
+        self.total = min(ends) if ends else None
+        self.own = list(self.share.groups(packing.groups))
+        self.step = self.seen = self.documents_done = 0
+        self.bad_counts: dict[str, int] = {}
+        self.new_bad: list[BadDocument] = []
+        self.named_bad: list[BadDocument] = []  # the first ones of the run, for the error
+        self.groups: dict[int, _Group] = {}
+        self._reset([])
+
+    # State
+
+    def _reset(self, states: list[dict]) -> None:
+        self.close()
+        self.groups = {g: _Group(g, self.packing, self.total) for g in self.own}
+        by_group = {state["group"]: state for state in states}
+        for number, group in self.groups.items():
+            if states:
+                group.load_state(by_group[number])
+
+    def state_dict(self) -> dict:
+        """Where this rank's groups are: a few numbers for each document that waits, whatever was seen before."""
+        return {
+            "step": self.step,
+            "seen": self.seen,
+            "documents_done": self.documents_done,
+            "bad_counts": dict(self.bad_counts),
+            "named_bad": [asdict(bad) for bad in self.named_bad],
+            "groups": [group.state() for group in self.groups.values()],
+            "packing": asdict(self.packing),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on where `state_dict` was; `groups` may hold those of all ranks, of any number of them.
+
+        Raises:
+            LoaderStateError: the packing differs, or groups are missing.
+        """
+        then, now = state["packing"], asdict(self.packing)
+        if then != now:
+            changed = ", ".join(f"{k} was {then.get(k)} and is {now[k]}" for k in now if then.get(k) != now[k])
+            raise LoaderStateError(f"the packing differs: {changed}; accepted: the same, on any number of processes")
+        missing = set(self.own) - {group["group"] for group in state["groups"]}
+        if missing:
+            raise LoaderStateError(
+                f"the state lacks groups {sorted(missing)}; accepted: those of all ranks together (merge_states)"
+            )
+        for name in ("step", "seen", "documents_done"):
+            setattr(self, name, state[name])
+        self.bad_counts = dict(state["bad_counts"])
+        self.named_bad = [BadDocument(**bad) for bad in state["named_bad"]]
+        self._reset(state["groups"])
+
+    # Reading
+
+    def _requests(self) -> Iterator[list[int]]:
+        """What the workers read next: always for the group with the least on its way."""
+        while True:
+            for group in sorted(self.groups.values(), key=lambda g: (g.supply, g.number)):
+                wanted = group.next_requests()
+                if wanted:
+                    self.in_flight.append((group, wanted))
+                    yield wanted
+                    break
+            else:
+                return
+
+    def start_workers(self) -> None:
+        """Starts the workers; the first `next` does it too, but a process should fork before it starts threads."""
+        self.in_flight: deque[tuple[_Group, list[int]]] = deque()
+        documents = _Documents(self.mixture, self.encode)
+        loading: dict[str, Any] = {"prefetch_factor": 4} if self.workers else {}
+        requests: Any = _Requests(self._requests)
+        self.arrivals = iter(
+            DataLoader(
+                documents,
+                batch_size=None,
+                sampler=requests,
+                num_workers=self.workers,
+                collate_fn=_unchanged,
+                worker_init_fn=_begin_worker,
+                generator=torch.Generator(),  # or starting would draw from the generator that dropout draws from
+                **loading,
+            )
+        )
+
+    def _arrive(self, group: _Group) -> tuple[int, Any]:
+        """The group's next document, waited for where it has to be."""
+        while not group.arrived:
+            items = next(self.arrivals)
+            of, positions = self.in_flight.popleft()
+            of.arrived.extend(zip(positions, items, strict=True))
+        group.supply -= 1
+        return group.arrived.popleft()
+
+    def _read_again(self, group: _Group) -> None:
+        """Fills a restored group with what waited in it."""
+        state = group.restored
+        if state is None:
+            return
+        group.restored = None
+        count = len(state["waiting"]) + sum(len(row) for _, row in state["pool"])
+        items = {}
+        for _ in range(count):
+            position, item = self._arrive(group)
+            if isinstance(item, BadDocument):
+                raise DocumentError(item.key, item.reason, f"was read before the stop, now it can't be: {item.message}")
+            items[position] = Waiting(position, item)
+        group.pool = [self._row(since, [items[p] for p in row]) for since, row in state["pool"]]
+        group.packer.waiting = [items[p] for p in state["waiting"]]
+
+    def _fill(self, group: _Group) -> None:
+        """Packs rows until the reserve is there, or the data ended."""
+        self._read_again(group)
+        while len(group.pool) < max(self.packing.rows, self.packing.reserve):
+            while group.packer.wants_more and not group.ended:
+                position, item = self._arrive(group)
+                group.admitted += 1
+                self.seen_here += 1
+                if not isinstance(item, BadDocument) and (misfit := group.packer.misfit(item)):
+                    item = BadDocument(item.key, "too_long", misfit)
+                if isinstance(item, BadDocument):
+                    self.new_bad.append(item)
+                    if len(self.new_bad) > self._bad_accepted(self.seen + self.seen_here):
+                        return  # or data of which nothing can be used would be read for ever
+                else:
+                    group.packer.add(Waiting(position, item))
+            if not group.packer.waiting:
+                return
+            group.pool.append(self._row(self.step, group.packer.row()))
+
+    # Steps
+
+    def next(self) -> Step | None:
+        """The next step, the same on all ranks; None at the end of the data.
+
+        Raises:
+            TooManyBadError: on all ranks at the same step.
+        """
+        if self.arrivals is None:
+            self.start_workers()
+        self.seen_here = 0
+        for group in self.groups.values():
+            self._fill(group)
+        facts = {g: [row.facts for row in group.pool] for g, group in self.groups.items()}
+        keys = {
+            g: [[item.key for item in row.items] for row in group.pool]
+            for g, group in self.groups.items()
+            if self.log_keys
+        }
+        hopeless = len(self.new_bad) > self._bad_accepted(self.seen + self.seen_here)
+        told = self.share.gather((facts, self.new_bad, self.seen_here, self.flag(), keys, hopeless))
+        self.new_bad = []
+        bad = [item for each in told for item in each[1]]
+        self.seen += sum(each[2] for each in told)
+        self._count_bad(bad, any(each[5] for each in told))
+        pools = {g: pool for each in told for g, pool in each[0].items()}
+        chosen = choose_rows([pools[g] for g in sorted(pools)], self.packing.rows, self.step, PATIENCE)
+        rows = {g: [pools[g][i] for i in numbers] for g, numbers in enumerate(chosen)}
+        if not any(rows.values()):
+            return None
+        progress = self.documents_done / self.total if self.total else 0.0
+        documents = sum(row.documents for of in rows.values() for row in of)
+        self.documents_done += documents
+        self.step += 1
+        micro = []
+        for g, group in self.groups.items():
+            micro.append(self.collate([group.pool[i].items for i in chosen[g]]))
+            group.pool = [row for i, row in enumerate(group.pool) if i not in chosen[g]]
+        all_keys = {g: named for each in told for g, named in each[4].items()}
+        return Step(
+            micro,
+            sum(row.loss_tokens for of in rows.values() for row in of),
+            sum(row.tokens for of in rows.values() for row in of),
+            sum(len(of) * max(row.tokens for row in of) for of in rows.values() if of),
+            documents,
+            [sum(row.cost for row in rows[g]) for g in sorted(rows)],
+            progress,
+            [key for g in sorted(all_keys) for i in chosen[g] for key in all_keys[g][i]] if self.log_keys else None,
+            bad,
+            dict(self.bad_counts),
+            any(each[3] for each in told),
+            self.state_dict(),
+        )
+
+    def _row(self, since: int, waiting: list[Waiting]) -> _Row:
+        items: list[Any] = [one.sample for one in waiting]
+        facts = RowFacts(
+            sum(map(self.cost, items)),
+            since,
+            sum(item.tokens for item in items),
+            sum(item.loss_tokens for item in items),
+            len(items),
+        )
+        return _Row(waiting, facts)
+
+    def _bad_accepted(self, seen: int) -> int:
+        return int(self.max_bad_fraction * max(seen, SURELY_SEEN))
+
+    def _count_bad(self, bad: list[BadDocument], hopeless: bool) -> None:
+        """`hopeless`: a rank stopped reading because it found nothing but bad ones."""
+        for item in bad:
+            self.bad_counts[item.reason] = self.bad_counts.get(item.reason, 0) + 1
+        self.named_bad = [*self.named_bad, *bad][:NAMED_AT_MOST]
+        self.documents_done += len(bad)
+        total = sum(self.bad_counts.values())
+        if total > self._bad_accepted(self.seen) or hopeless or (total and total == self.seen == self.total):
+            named = "; ".join(f"{item.key}: {item.reason}: {item.message}" for item in self.named_bad)
+            more = f"; and {total - len(self.named_bad)} more" if total > len(self.named_bad) else ""
+            raise TooManyBadError(
+                f"{total} of {self.seen} documents can't be used, max_bad_fraction {self.max_bad_fraction} accepts "
+                f"{self._bad_accepted(self.seen)}: {named}{more}"
+            )
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self.arrivals: Any = None
+
+
+class _Requests:
+    """A generator as a sampler: iterable, without a length."""
+
+    def __init__(self, generate: Callable[[], Iterator[list[int]]]):
+        self.generate = generate
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self.generate()
+
+
+def _unchanged(items: Any) -> Any:
+    return items
+
+
+def _begin_worker(worker: int) -> None:
+    """Ctrl-C reaches workers too, but it is the trainer that ends them; and they end when it was killed, also where one
+    waits for room in a queue that nobody reads any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    trainer = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == trainer:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="trainer-watch", daemon=True).start()
+
+
+def merge_states(states: Sequence[dict]) -> dict:
+    """The states of all ranks as one, for any number of ranks to load."""
+    return states[0] | {"groups": sorted((g for s in states for g in s["groups"]), key=lambda group: group["group"])}
+
+
+class Prefetched:
+    """A loader's steps, made in a thread while the one before is trained on.
+
+    Args:
+        loader: from now on used by the thread alone.
+        steps: how many it makes; None goes on to the end of the data. All ranks must make the same number, because
+            each step is agreed on by all.
+        ahead: steps that are made in advance.
+    """
+
+    def __init__(self, loader: Loader, steps: int | None, ahead: int = 1):
+        self.loader, self.steps = loader, steps
+        self.made: queue.Queue[Step | BaseException | None] = queue.Queue(maxsize=ahead)
+        self.stopping = threading.Event()
+        loader.start_workers()
+        self.thread = threading.Thread(target=self._make, name="loader", daemon=True)
+        self.thread.start()
+
+    def _make(self) -> None:
+        step: Step | BaseException | None
+        made = 0
+        while not self.stopping.is_set() and made != self.steps:
+            made += 1
+            try:
+                step = self.loader.next()
+            except BaseException as error:  # it belongs to whoever takes the step
+                step = error
+            while not self.stopping.is_set():
+                try:
+                    self.made.put(step, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if step is None or isinstance(step, BaseException):
+                return
+
+    def next(self) -> Step | None:
+        step = self.made.get()
+        if isinstance(step, BaseException):
+            raise step
+        return step
+
+    def close(self) -> None:
+        self.stopping.set()
+        self.thread.join(timeout=5)  # after an error it may wait for ranks that are gone
+        self.loader.close()

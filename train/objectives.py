@@ -1,0 +1,127 @@
+"""What a stage optimises: modules whose forward gives a micro-batch's share of the step's loss.
+
+A module runs the tower in every forward, on an empty tile where a micro-batch has no media: ranks that compute
+different data so call the same modules and have gradients for the same parameters, as DDP and ZeRO-3 need.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ..vlm.model import FoveateForConditionalGeneration
+from ..vlm.processor import FoveateProcessor
+from .loss import fusion_obstacle, token_loss
+
+PIXELS = ("pixel_values", "pixel_values_videos")
+
+
+class NextToken(nn.Module):
+    """Next-token cross-entropy on the tokens that carry loss.
+
+    Args:
+        model: what is trained.
+        processor: tells the size of an empty tile.
+        chunks: parts in which the logits are computed, so that they are never held whole.
+        same_calls: whether the tower is to be called once for images and once for frames in each forward, whatever the
+            micro-batch holds, because the ranks share the tower's weights (ZeRO-3).
+    """
+
+    def __init__(
+        self, model: FoveateForConditionalGeneration, processor: FoveateProcessor, chunks: int, same_calls: bool
+    ):
+        super().__init__()
+        self.model, self.chunks, self.same_calls = model, chunks, same_calls
+        self.sizes = {"pixel_values": processor.image_size, "pixel_values_videos": processor.video_size}
+        self.fused = fusion_obstacle(model.language_model) is None
+
+    def forward(self, inputs: Mapping[str, torch.Tensor], total: float) -> torch.Tensor:
+        """The sum of the tokens' losses divided by `total`, the step's tokens that carry loss; inputs as of `Batch`."""
+        given = [name for name in PIXELS if name in inputs]
+        features = {name: self._features(inputs[name]) for name in given}
+        empty = [self._features(self._empty_tile(name, inputs)) for name in self._missing(given)]
+        ids, positions, labels = (inputs[name] for name in ("input_ids", "position_ids", "labels"))
+        embeds = self.model.get_inputs_embeds(
+            input_ids=ids,
+            image_features=features.get("pixel_values"),
+            video_features=features.get("pixel_values_videos"),
+        )
+        for unused in empty:
+            embeds = embeds + 0 * unused.sum().to(embeds.dtype)
+        if "flash" in str(self.model.language_model.config._attn_implementation):
+            # Its varlen kernels see restarting position ids in a single row alone.
+            embeds, positions, labels = embeds.flatten(0, 1)[None], positions.flatten()[None], labels.flatten()[None]
+        if not self.fused:
+            count = torch.tensor(total, device=labels.device)
+            return self.model.language_model(
+                inputs_embeds=embeds, position_ids=positions, labels=labels, use_cache=False, num_items_in_batch=count
+            ).loss
+        decoded = self.model.get_decoder()(inputs_embeds=embeds, position_ids=positions, use_cache=False)
+        head = self.model.get_output_embeddings()
+        return token_loss(decoded.last_hidden_state, head, labels, total, self.chunks)
+
+    def _missing(self, given: list[str]) -> list[str]:
+        """Kinds of pixels for which the tower runs on an empty tile."""
+        if self.same_calls:
+            return [name for name in PIXELS if name not in given]
+        return [] if given else ["pixel_values"]
+
+    def _empty_tile(self, name: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return torch.zeros(1, 3, *self.sizes[name], device=inputs["input_ids"].device)
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What the LLM reads of them, [tokens, D]."""
+        return self.model.get_image_features(pixels)["pooler_output"].flatten(0, 1)
+
+
+class RegionText(nn.Module):
+    """Sigmoid contrast between image regions and texts that describe them: SigLIP's loss (arXiv 2303.15343, section
+    3.2) with a region in the place of an image. A region is a projected token, a text the sum of its words' input
+    embeddings. It warms up a tower and projector that start from random weights, in the place of a pretrained tower;
+    its own two parameters are thrown away after the stage.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(2.3))
+        self.bias = nn.Parameter(torch.tensor(-6.0))
+
+    def forward(self, regions: torch.Tensor, texts: torch.Tensor, labels: torch.Tensor, total: float) -> torch.Tensor:
+        """The loss: summed over regions and texts, divided by `total`.
+
+        Args:
+            regions: [regions, D].
+            texts: [texts, D].
+            labels: number of the text that describes each region, [regions].
+            total: regions of the whole step.
+
+        Raises:
+            ValueError: the numbers of regions and labels differ.
+        """
+        if len(regions) != len(labels):
+            raise ValueError(
+                f"the images have {len(regions)} tokens but {len(labels)} regions are described; both numbers must be "
+                "equal: a token for each region"
+            )
+        cosine = nn.functional.normalize(regions.float(), dim=-1) @ nn.functional.normalize(texts.float(), dim=-1).T
+        logits = cosine * self.log_scale.exp() + self.bias  # [regions, texts]
+        match = nn.functional.one_hot(labels, len(texts)).to(logits.dtype)
+        return nn.functional.binary_cross_entropy_with_logits(logits, match, reduction="sum") / total
+
+
+class RegionContrast(nn.Module):
+    """`RegionText` on a model's tokens and word embeddings."""
+
+    def __init__(self, model: FoveateForConditionalGeneration):
+        super().__init__()
+        self.model, self.head = model, RegionText()
+
+    def forward(self, inputs: Mapping[str, torch.Tensor], total: float) -> torch.Tensor:
+        """Inputs as of `regions.collate_regions`."""
+        regions = [
+            self.model.get_image_features(inputs[name])["pooler_output"].flatten(0, 1)
+            for name in PIXELS
+            if name in inputs
+        ]
+        words = self.model.get_input_embeddings()(inputs["text_ids"]) * inputs["text_mask"].unsqueeze(-1)
+        return self.head(torch.cat(regions), words.sum(1), inputs["labels"], total)
