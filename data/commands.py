@@ -171,7 +171,7 @@ def inspect(
     from .inputs import open_data
     from .inspection import inspect_page
 
-    loaded = _processor(processor, source)
+    loaded = load_processor(processor, source)
     opened = open_data(source, loaded, **_options(format, max_images, frames, media_root, subset))
     page = inspect_page(opened, source, loaded, count, seed)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -201,7 +201,7 @@ def stats(
     from .inputs import open_data
     from .statistics import measure, print_statistics, write_statistics
 
-    loaded = _processor(processor, source)
+    loaded = load_processor(processor, source)
     opened = open_data(source, loaded, **_options(format, max_images, frames, media_root, subset))
     console = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -247,7 +247,7 @@ def _quiet_datasets() -> None:
     disable_progress_bar()
 
 
-def _processor(name: str | None, source: str) -> "FoveateProcessor":
+def load_processor(name: str | None, source: str) -> "FoveateProcessor":
     """The processor that is named; the embedded language's for the embedded data."""
     from transformers import AutoProcessor
 

@@ -4,7 +4,6 @@ A record stays as it is but for its media: each that it names is read, checked, 
 """
 
 import base64
-import binascii
 import hashlib
 import io
 import json
@@ -15,14 +14,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import parse_qsl
 
 import numpy as np
 from PIL import Image as PILImage
 
 from ..vlm.media import IMAGE_FORMATS, MediaLimits
-from ..vlm.processor import FoveateProcessor
+from ..vlm.processor import IMAGE_TOKEN, VIDEO_TOKEN, FoveateProcessor
 from .document import DocumentError, Image, Part, Text, Video
 from .glyphs import CHAT_TEMPLATE, FRAME_SEPARATOR, GlyphSource, encode_mp4, glyph_tokenizer
 from .records import (
@@ -116,13 +115,23 @@ def members(raw: Raw, limits: MediaLimits | None = None) -> Members:
     Raises:
         DocumentError: the record is of no accepted layout, or a medium is missing, unsafe, too large or no such medium.
     """
-    limits = limits or MediaLimits()
-    embedded: dict[str, bytes] = {}
+    try:
+        return _members(raw, limits or MediaLimits())
+    except RecursionError as error:
+        raise DocumentError(raw.key, "bad_record", f"the record is nested too deeply ({error})") from error
+
+
+def _members(raw: Raw, limits: MediaLimits) -> Members:
+    embedded: dict[str, _Embedded] = {}
     record = _without_bytes(raw, raw.record, "", embedded)
     # The reader of shards says which names are media: it is made to ask for them.
     document = document_from_record(
         raw.key, record, lambda name: name, EVERYTHING, embedded_processor(), unnamed=raw.unnamed
     )
+    for part in document.parts:
+        if isinstance(part, Text) and any(token in part.text for token in (IMAGE_TOKEN, VIDEO_TOKEN)):
+            what = f"a text holds a media placeholder: {part.text[:100]!a}; accepted: one for each medium, in a chat"
+            raise DocumentError(raw.key, "bad_record", what)
     is_image = {str(part.source): isinstance(part, Image) for part in document.parts if not isinstance(part, Text)}
     content: dict[str, bytes] = {}
     renamed: dict[str, str] = {}
@@ -135,9 +144,9 @@ def members(raw: Raw, limits: MediaLimits | None = None) -> Members:
         if not isinstance(value, str) or name not in MEDIA_FIELDS:
             return value
         if value not in is_image:
-            return None if value in embedded else value
+            return embedded[value].written if value in embedded else value
         if value not in renamed:
-            data = embedded[value] if value in embedded else _bytes(raw, value, limits)
+            data = embedded[value].data if value in embedded else _bytes(raw, value, limits)
             extension = _extension(raw.key, value, data, is_image[value], limits)
             renamed[value] = f"{len(renamed)}.{extension}"
             content[renamed[value]] = data
@@ -157,8 +166,16 @@ def members(raw: Raw, limits: MediaLimits | None = None) -> Members:
     return Members(content, images, len(renamed) - images)
 
 
-def _without_bytes(raw: Raw, value: Any, name: str, embedded: dict[str, bytes]) -> Any:
+class _Embedded(NamedTuple):
+    """Bytes that stand in a record, and what JSON can hold in their place where they are no medium."""
+
+    data: bytes
+    written: str | None
+
+
+def _without_bytes(raw: Raw, value: Any, name: str, embedded: dict[str, _Embedded]) -> Any:
     """The record with names in the place of bytes and data: URIs, which go to `embedded`."""
+    written = None
     if isinstance(value, dict):
         if not set(value) <= {"bytes", "path"} or not isinstance(value.get("bytes"), bytes):
             return {key: _without_bytes(raw, item, key, embedded) for key, item in value.items()}
@@ -166,18 +183,19 @@ def _without_bytes(raw: Raw, value: Any, name: str, embedded: dict[str, bytes]) 
     if isinstance(value, list):
         return [_without_bytes(raw, item, name, embedded) for item in value]
     if isinstance(value, str) and name in MEDIA_FIELDS and value.startswith("data:"):
+        written = value
         header, _, data = value.partition(",")
         try:
             if not header.endswith(";base64"):
-                raise binascii.Error("it is not in base64")
+                raise ValueError("it is not in base64")
             value = base64.b64decode(data, validate=True)
-        except binascii.Error as error:
+        except ValueError as error:
             what = f"{name} is {value[:60]!a}: {error}; accepted: data:TYPE;base64,…"
             raise DocumentError(raw.key, "unreadable_media", what) from error
     if not isinstance(value, bytes):
         return value
-    stand_in = f"embedded/{len(embedded)}"
-    embedded[stand_in] = value
+    stand_in = f"\0embedded {len(embedded)}"  # no file has such a name
+    embedded[stand_in] = _Embedded(value, written)
     return stand_in
 
 
@@ -197,7 +215,7 @@ def _bytes(raw: Raw, name: str, limits: MediaLimits) -> bytes:
 
 def _extension(key: str, name: str, data: bytes, is_image: bool, limits: MediaLimits) -> str:
     """What a medium's format is called, told by its first bytes."""
-    shown = f"{name[:200]!a}: {len(data)} bytes"
+    shown = f"{name[:200].lstrip(chr(0))!a}: {len(data)} bytes"
     if is_image:
         try:
             with warnings.catch_warnings():

@@ -2,13 +2,14 @@
 
     .venv/bin/python scripts/kill_and_resume.py [--kills 20] [--json]
 
-Two ranks with two loader workers each train on webdataset shards for some epochs and write a checkpoint at every step, so
-that many kills fall into a save. In the end the weights must be bit-identical to those of a run that nothing stopped, and
-the log of documents must hold every one exactly once an epoch. Every run is forked from this process, which has imported
-everything.
+Two ranks with two loader workers each train on webdataset shards for some epochs and write a checkpoint at every step,
+so that many kills fall into a save. In the end the weights must be bit-identical to those of a run that nothing
+stopped, and the log of documents must hold every one exactly once an epoch. Every run is forked from this process,
+which has imported everything.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,22 +80,23 @@ def _png(pixels: Any) -> bytes:
     return buffer.getvalue()
 
 
-def start(recipe: Recipe, out: Path) -> list[int]:
-    """Forks the ranks of a run; gives their process ids."""
+def start(recipe: Recipe, out: Path, ranks: int = RANKS, after_step: Callable[[int], None] | None = None) -> list[int]:
+    """Forks the ranks of a run; gives their process ids. What they fail with goes to `<out>.<rank>.log`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     children = []
-    for rank in range(RANKS):
+    for rank in range(ranks):
         child = os.fork()
         if child == 0:
             os.setpgid(0, 0)
             code = 1
             try:
-                environment = {"RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_RANK": rank, "MASTER_PORT": port}
+                environment = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_PORT": port}
                 os.environ |= {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
-                sys.stderr = open(out.with_suffix(f".{rank}.log"), "a")
-                loop.train(recipe, out, resume="auto", console=Console(file=io.StringIO()), device="cpu")
+                sys.stderr = out.with_suffix(f".{rank}.log").open("a")  # until the process ends
+                quiet = Console(file=io.StringIO())
+                loop.train(recipe, out, resume="auto", console=quiet, device="cpu", after_step=after_step)
                 code = 0
             except BaseException as error:
                 print(type(error).__name__, str(error)[:500], file=sys.stderr, flush=True)
@@ -104,17 +107,14 @@ def start(recipe: Recipe, out: Path) -> list[int]:
 
 
 def end(children: list[int]) -> list[int]:
-    """Their exit codes, once the processes and what they started are gone."""
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return codes
+    """Their exit codes, once they are gone."""
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 def kill(children: list[int]) -> None:
     for child in children:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def alive(children: list[int]) -> bool:

@@ -5,7 +5,10 @@
 #
 # FOVEATE names the command. What is there already and whole stays.
 set -euo pipefail
-[ $# -le 1 ] || { echo "usage: scripts/tiny_data.sh [OUT]" >&2; exit 2; }
+if [ $# -gt 1 ] || [[ ${1:-} == -* ]]; then
+  echo "usage: scripts/tiny_data.sh [OUT]" >&2
+  exit 2
+fi
 out=${1:-runs/tiny-data}
 foveate=${FOVEATE:-foveate}
 mkdir -p "$out"
@@ -23,7 +26,7 @@ make needles 'glyphs:needle_chat?documents=250&frames=6-12'
 # Text alone, with questions and answers in fields of their own, as FLAN has them: which cell is in a row and column.
 aside=$(mktemp "$out/.text-XXXXXX.jsonl")
 trap 'rm -f "$aside"' EXIT
-for repeat in 1 2 3 4; do
+for _ in 1 2 3 4; do
   for row in 1 2 3 4; do
     for column in 1 2 3 4; do
       cell=$(printf 'abcd' | cut -c "$column")$row

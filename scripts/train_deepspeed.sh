@@ -3,16 +3,16 @@
 #
 #   scripts/train_deepspeed.sh HOSTFILE RECIPE OUT [KEY=VALUE]...
 #
-# HOSTFILE has a line for each machine: `NAME slots=GPUS`. This one needs ssh without a password to each, and pdsh; the
-# folder it is started in, the environment and OUT have to be the same on all. The launcher starts any engine; ZeRO is the
-# recipe's (`engine: zero3`, or engine=zero2 here).
+# HOSTFILE has a line for each machine: `NAME slots=GPUS`. The machine that this is called on needs pdsh, and ssh to
+# each without a password; this folder, the environment with foveate and OUT have to be the same on all. Which ZeRO, or
+# plain DDP, is the recipe's `engine` (engine=zero2 changes it).
 #
-# MASTER_ADDR   address of the first machine; asked of it by ssh unless set
+# MASTER_ADDR   address of the first machine; it is asked by ssh unless set
 # MASTER_PORT   29500 unless set
-# LAUNCHER      pdsh unless set; openmpi, mpich, slurm … are started by their own commands
 # FOVEATE       the command, `foveate` unless set
 #
-# This launcher has no stop that saves: it ends loader processes too. Killed, a run goes on from its last checkpoint.
+# Variables that begin with NCCL, UCX and PYTHON reach the other machines; lines NAME=VALUE in ~/.deepspeed_env add
+# others. This launcher ends a run at a signal, saved or not: started again, it goes on from the last checkpoint.
 set -euo pipefail
 if [ $# -lt 3 ] || [[ $1 == -* || $2 == -* || $3 == -* || $3 == *=* ]]; then
   echo "usage: scripts/train_deepspeed.sh HOSTFILE RECIPE OUT [KEY=VALUE]..." >&2
@@ -25,12 +25,14 @@ if [ ! -f "$1" ]; then
 fi
 hostfile=$(realpath "$1") recipe=$2 out=$3
 shift 3
-foveate=$(command -v "${FOVEATE:-foveate}")
+if ! foveate=$(command -v "${FOVEATE:-foveate}"); then
+  echo "train_deepspeed: ${FOVEATE:-foveate}: no such command; accepted: FOVEATE=path of it" >&2
+  exit 2
+fi
 options=(--hostfile "$hostfile" --master_port "${MASTER_PORT:-29500}" --no_python --no_local_rank)
 [ -z "${MASTER_ADDR:-}" ] || options+=(--master_addr "$MASTER_ADDR")
-[ -z "${LAUNCHER:-}" ] || options+=(--launcher "$LAUNCHER")
 
-# DeepSpeed puts the folder that it is started in on Python's path; in this repository's root that would shadow a library.
+# DeepSpeed puts the folder that it is started in on Python's path; this repository's root would shadow a library there.
 # So it is started elsewhere, and `env` goes back.
 here=$PWD
 cd /

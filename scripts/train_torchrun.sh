@@ -3,7 +3,7 @@
 #
 #   scripts/train_torchrun.sh RECIPE OUT [KEY=VALUE]...
 #
-# NPROC     processes: as many as GPUs unless set, 1 where there is none
+# NPROC     processes: as many as GPUs unless set; to be set where there is none
 # FOVEATE   the command, `foveate` unless set
 #
 # SIGTERM, SIGUSR1 and Ctrl-C let the step in progress end, save a checkpoint and exit: 0 after the signals, 130 after
@@ -15,22 +15,22 @@ if [ $# -lt 2 ] || [[ $1 == -* || $2 == -* || $2 == *=* ]]; then
 fi
 recipe=$1 out=$2
 shift 2
-nproc=${NPROC:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c . || true)}
-[ "$nproc" != 0 ] || nproc=1
-if ! [[ $nproc =~ ^[1-9][0-9]*$ ]]; then
+nproc=${NPROC:-gpu} # `gpu` is torchrun's word for as many as there are
+if ! [[ $nproc =~ ^([1-9][0-9]*|gpu)$ ]]; then
   echo "train_torchrun: NPROC is '$nproc'; accepted: a number of processes from 1" >&2
   exit 2
 fi
-foveate=${FOVEATE:-foveate}
 
-# Job control gives torchrun a process group of its own, so a terminal's Ctrl-C comes to this script alone. torchrun would
-# pass a signal on, but kill the processes 30 s later and fail: they are told directly, and it sees them end well.
+# Job control gives torchrun a process group of its own, so a terminal's Ctrl-C comes to this script alone. torchrun
+# would pass a signal on, but kill the processes 30 s later and fail: they are told directly, and it sees them end well.
 set -m
 torchrun --standalone --nproc-per-node "$nproc" --no-python \
-  "$foveate" train "$recipe" "$@" --out "$out" --auto-resume &
+  "${FOVEATE:-foveate}" train "$recipe" "$@" --out "$out" --auto-resume &
 launcher=$!
-stopped=
+stopped='' interrupted=''
+# shellcheck disable=SC2329 # the traps below call it
 stop() { # SIGNAL
+  interrupted=1
   if [ -n "$stopped" ]; then
     kill -KILL -- "-$launcher" 2>/dev/null || true
   else
@@ -41,11 +41,11 @@ stop() { # SIGNAL
 trap 'stop INT' INT
 trap 'stop TERM' TERM
 trap 'stop USR1' USR1
-status=0
-wait "$launcher" || status=$?
-while kill -0 "$launcher" 2>/dev/null; do # a trapped signal ends `wait`, not the run
-  status=0
+while :; do
+  status=0 interrupted=
   wait "$launcher" || status=$?
+  # A trapped signal ends `wait` with a status above 128, and not the run.
+  [ -n "$interrupted" ] && [ "$status" -gt 128 ] || break
 done
 [ "$stopped" != INT ] || status=130
 exit "$status"

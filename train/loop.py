@@ -89,7 +89,9 @@ def train(
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
         newest = _on_first(world, lambda: _starting_point(recipe, out, resume))
-        state = read_state(newest) if newest else {"stage": 0, "stage_step": 0, "step": 0, "validation_loss": None}
+        state: dict[str, Any] = {"stage": 0, "stage_step": 0, "step": 0, "validation_loss": None}
+        if newest:
+            state = read_state(newest)
         summaries = [StageSummary(**s) for s in state.get("summaries", [])]
         torch.manual_seed(recipe.seed)
         model, processor = starting_model(recipe, newest)
@@ -110,13 +112,15 @@ def train(
                 share = Share(world.rank, world.size, lambda value: world.gather(value, "data"))
                 loader = make_loader(recipe, number, model.config, processor, share, flag=interruption.flag)
                 if first and newest:
-                    with CheckpointTensors(newest) as tensors:
-                        engine.load_state_tensors(tensors.of_engine())
-                        load_rng_tensors(tensors, world.rank)
+                    with CheckpointTensors(newest) as saved:
+                        engine.load_state_tensors(saved.of_engine())
+                        load_rng_tensors(saved, world.rank)
                     loader.load_state_dict(state["loader"])
                 steps = _prefetched(loader, recipe, None if stage.steps is None else stage.steps - first)
                 display.stage(stage, first)
-                meter = _Meter(recipe, world)
+                meter = _Meter(recipe, world, exact_flops=getattr(loader.cost, "exact", False))
+                if first:
+                    meter.sums = state["meter"]
                 stage_step = first
                 batch, waited = _timed(steps.next)
                 while batch is not None:
@@ -145,7 +149,7 @@ def train(
                         break
                     saving_began = time.perf_counter()
                     if step % recipe.checkpoint.every_steps == 0 or stopping:
-                        where = {"stage": number, "stage_step": stage_step, "step": step}
+                        where = {"stage": number, "stage_step": stage_step, "step": step, "meter": meter.sums}
                         loaders = merge_states(world.gather(batch.state, "main"))
                         tensors = engine.state_tensors() | quantised_tensors(model) | rng_tensors(world.rank)
                         writer.save(step, tensors, where | facts_of(recipe, summaries, validation_loss, loaders))
@@ -316,29 +320,33 @@ def _summarise(summary: StageSummary, batch: Step, seconds: float) -> None:
 class _Meter:
     """Rates since the last line of metrics."""
 
-    def __init__(self, recipe: Recipe, world: World):
-        self.world, self.peak = world, recipe.tracking.peak_flops or peak_flops(world.device)
+    def __init__(self, recipe: Recipe, world: World, exact_flops: bool):
+        self.world = world
+        self.peak = (recipe.tracking.peak_flops or peak_flops(world.device)) if exact_flops else None
         self._clear()
 
     def _clear(self) -> None:
-        self.seconds = self.waited = self.flops = self.imbalance = 0.0
-        self.tokens = self.positions = self.documents = self.steps = 0
+        self.sums = dict.fromkeys(("seconds", "waited", "flops", "imbalance"), 0.0)
+        self.sums |= dict.fromkeys(("tokens", "positions", "documents", "steps"), 0)
 
     def add(self, batch: Step, waited: float, computed: float) -> None:
-        self.seconds += waited + computed
-        self.waited += waited
-        self.tokens += batch.tokens
-        self.positions += batch.positions
-        self.documents += batch.documents
-        self.flops += sum(batch.costs)
         each = len(batch.costs) // self.world.size
         ranks = [sum(batch.costs[i : i + each]) for i in range(0, len(batch.costs), each)]
-        self.imbalance += max(ranks) * len(ranks) / max(1e-9, sum(ranks))
-        self.steps += 1
+        found = {
+            "seconds": waited + computed,
+            "waited": waited,
+            "tokens": batch.tokens,
+            "positions": batch.positions,
+            "documents": batch.documents,
+            "flops": sum(batch.costs),
+            "imbalance": max(ranks) * len(ranks) / max(1e-9, sum(ranks)),
+            "steps": 1,
+        }
+        self.sums = {name: self.sums[name] + value for name, value in found.items()}
 
     def metrics(self, batch: Step, result: StepResult, groups: list[dict]) -> dict[str, Any]:
         """Of the steps since the last call; rates are of all ranks together."""
-        on_gpu = self.world.device.type == "cuda"
+        sums, on_gpu = self.sums, self.world.device.type == "cuda"
         memory = (
             torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         )
@@ -346,18 +354,18 @@ class _Meter:
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             **{f"grad_norm_{part}": norm for part, norm in result.part_norms.items()},
-            "tokens_per_s": self.tokens / self.seconds,
-            "samples_per_s": self.documents / self.seconds,
-            "step_s": self.seconds / self.steps,
-            "data_wait": self.waited / self.seconds,
-            "packing_waste": 1 - self.tokens / self.positions,
-            "imbalance": self.imbalance / self.steps,
+            "tokens_per_s": sums["tokens"] / sums["seconds"],
+            "samples_per_s": sums["documents"] / sums["seconds"],
+            "step_s": sums["seconds"] / sums["steps"],
+            "data_wait": sums["waited"] / sums["seconds"],
+            "packing_waste": 1 - sums["tokens"] / sums["positions"],
+            "imbalance": sums["imbalance"] / sums["steps"],
             "memory_bytes": memory,
             **{f"lr_{group['part']}": group["lr"] for group in groups},
             **{f"bad_{reason}": count for reason, count in batch.bad_counts.items()},
         }
         if self.peak:
-            metrics["mfu"] = self.flops / (self.seconds * self.world.size * self.peak)
+            metrics["mfu"] = sums["flops"] / (sums["seconds"] * self.world.size * self.peak)
         self._clear()
         return metrics
 

@@ -83,8 +83,8 @@ class RegionText(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor(2.3))
-        self.bias = nn.Parameter(torch.tensor(-6.0))
+        self.log_scale = nn.Parameter(torch.tensor([2.3]))
+        self.bias = nn.Parameter(torch.tensor([-6.0]))
 
     def forward(self, regions: torch.Tensor, texts: torch.Tensor, labels: torch.Tensor, total: float) -> torch.Tensor:
         """The loss: summed over regions and texts, divided by `total`.

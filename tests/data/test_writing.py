@@ -121,7 +121,7 @@ RECORDS: dict[str, dict[str, Any]] = {
         "metadata": [{"src": "a.jpg"}, None, None, None],
     },
     "caption": {"caption": "a red circle — ё", "image": "a.jpg", "similarity": 0.25},
-    "text": {"text": "which digit appears ?"},
+    "text": {"text": "which digit appears ?", "url": "data:text/plain;base64,eA=="},
 }
 
 
@@ -321,13 +321,16 @@ def test_megabytes_set_the_size_of_shards(tmp_path: Path) -> None:
 # Refused documents
 
 
+def nested(depth: int) -> list:
+    return [nested(depth - 1)] if depth else []
+
+
 def test_refused_documents_are_counted_by_reason(media: Path, tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(picture(0))
     (media / "link.png").symlink_to(tmp_path / "secret.png")
     (media / "page.jpg").write_text("<html>not found</html>")
-    huge = io.BytesIO()
-    Image.new("1", (100_000, 2_000)).save(huge, format="png")
-    (media / "huge.png").write_bytes(huge.getvalue())
+    for name, size in (("large.png", (9_000, 8_000)), ("huge.png", (100_000, 2_000))):
+        Image.new("1", size).save(media / name)
     good = json.dumps({"caption": "a circle", "image": "a.jpg"})
     lines = [
         good,
@@ -340,26 +343,30 @@ def test_refused_documents_are_counted_by_reason(media: Path, tmp_path: Path) ->
         json.dumps({"caption": "x", "image": "https://x.org/a.png"}),
         json.dumps({"caption": "x", "image": "page.jpg"}),
         json.dumps({"caption": "x", "video": "a.jpg"}),
+        json.dumps({"caption": "x", "image": "large.png"}),
         json.dumps({"caption": "x", "image": "huge.png"}),
         json.dumps({"caption": "x", "image": "data:image/png,plain"}),
         json.dumps({"title": "x"}),
+        json.dumps({"caption": "<image> x", "image": "a.jpg"}),
+        json.dumps({"text": "a", "deep": nested(700)}),
+        json.dumps({"caption": "x", "image": "data:image/png;base64,é"}),
         good,
     ]
     (media / "records.jsonl").write_text("\n".join(lines))
     made = make(media / "records.jsonl", tmp_path / "out", 5, max_bad_fraction=1.0)
     reasons = {
-        "bad_json": 1, "bad_record": 2, "unsafe_name": 3, "missing_media": 2, "unreadable_media": 3, "too_large": 1,
+        "bad_json": 1, "bad_record": 4, "unsafe_name": 3, "missing_media": 2, "unreadable_media": 4, "too_large": 2,
     }  # fmt: skip
     assert made.refused == reasons
     counts = json.loads((tmp_path / "out" / "index.json").read_text())["counts"]
-    assert counts == {"images": 2, "videos": 0, "refused": 12} | {f"refused_{r}": n for r, n in reasons.items()}
+    assert counts == {"images": 2, "videos": 0, "refused": 16} | {f"refused_{r}": n for r, n in reasons.items()}
     listed = [json.loads(line) for line in (tmp_path / "out" / "refused.jsonl").read_text().splitlines()]
-    assert [item["key"] for item in listed] == [f"records.jsonl/{number}" for number in range(1, 13)]
+    assert [item["key"] for item in listed] == [f"records.jsonl/{number}" for number in range(1, 17)]
     assert [item["reason"] for item in listed[2:5]] == ["unsafe_name"] * 3
     assert "missing.png" in listed[5]["message"]
-    # nothing of them is in the shards: the middle one has no documents, so there is none
-    assert [sample["__key__"] for sample in samples(tmp_path / "out")] == ["000000000", "000000013"]
-    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["shard-000000.tar", "shard-000002.tar"]
+    # nothing of them is in the shards: those in the middle have no documents, so there are none
+    assert [sample["__key__"] for sample in samples(tmp_path / "out")] == ["000000000", "000000017"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["shard-000000.tar", "shard-000003.tar"]
     assert Shards(tmp_path / "out").documents == 2
 
 
@@ -528,11 +535,12 @@ def test_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     assert process.returncode == -signal.SIGKILL, err
     wait_until(lambda: not group_members(process.pid))  # its workers end by themselves
     assert not (out / "index.json").exists()
-    whole = [path for path in out.glob("shard-*.tar") if path.with_name(path.name + ".json").exists()]
+    left = sums(out)
     made = make(name, out, 10, workers=2)
-    assert 3 <= made.found == len(whole) < 40
+    assert 3 <= made.found == len([name for name in left if name.endswith(".tar.json")]) < 40
     make(name, tmp_path / "uninterrupted", 10)
-    assert sums(out) == sums(tmp_path / "uninterrupted")
+    assert sums(out) == (expected := sums(tmp_path / "uninterrupted"))
+    assert all(expected[name] == sum for name, sum in left.items() if not name.startswith("."))
 
 
 def descendants() -> list[int]:

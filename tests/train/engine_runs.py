@@ -15,9 +15,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ["DS_ACCELERATOR"] = "cpu"
-os.environ["OMP_NUM_THREADS"] = "1"
-
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -41,7 +38,7 @@ WRITTEN = (
     *(("fp32", 1, name) for name in ("torch", "small2")),
     *(("fp32", 2, name) for name in ("torch", "zero1", "zero2-offload", "small3")),
     *(("fp32", 4, name) for name in ("torch", "small2", "zero3-offload")),
-    *(("bf16", 2, name) for name in ("torch", "zero1", "small2", "small3")),
+    *(("bf16", 2, name) for name in ("torch", "zero0", "zero1", "small2", "small3")),
 )
 # … and which engines load those of which: each its own, and others'.
 LOADED = (
@@ -82,7 +79,7 @@ def engine_name(name: str, out: Path) -> str:
 
 
 class NextToken(nn.Module):
-    """A tiny model with its loss, and a parameter of one element. The tower runs on micro-batches without images too."""
+    """A tiny model with its loss and a parameter of one element. The tower runs on micro-batches without images too."""
 
     def __init__(self) -> None:
         super().__init__()

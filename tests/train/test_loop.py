@@ -2,6 +2,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +15,18 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from foveate.data.encoding import encode
+from foveate.data.glyphs import GlyphSource
+from foveate.data.packing import collate
+from foveate.eval.glyphs import TASKS
 from foveate.train import loop
-from foveate.train.build import build_model
+from foveate.train.build import build_model, convert_checkpoint
 from foveate.train.checkpoint import CheckpointError, newest_checkpoint, read_state
+from foveate.train.dryrun import dry_run
 from foveate.train.engine import NonFiniteError
 from foveate.train.loop import Requeue, train
 from foveate.train.objectives import NextToken
-from foveate.train.recipe import Recipe, RecipeError
+from foveate.train.recipe import EvaluationRecipe, Recipe, RecipeError, ValidationRecipe
 from foveate.train.stages import make_loader
 from foveate.train.tracking import read_metrics
 from foveate.vlm.chat import load_model
@@ -430,3 +436,167 @@ def test_metrics_cut_short_by_a_kill_are_read_to_the_last_whole_line(tmp_path: P
     assert read_metrics(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
     assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+
+
+# Validation, evaluation, adapters
+
+
+def last_stage(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(update={"stages": recipe.stages[3:]})
+
+
+def test_validation_loss_is_that_of_the_kept_out_documents(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, quiet: Console
+) -> None:
+    """Against the final model's loss on the same documents one by one."""
+    settings = "validation={every_steps: 2, documents: 7}"
+    recipe = last_stage(tiny_recipe(settings, "checkpoint={every_steps: 1, keep: 1, keep_best: true}"))
+    train(recipe, tmp_path, console=quiet)
+    lines = {line["step"]: line for line in read_metrics(tmp_path) if "validation_loss" in line}
+    assert sorted(lines) == [2, 3]  # every second step, and at the stage's end
+    model, processor = load_model(tmp_path / "model", device="cpu")
+    source = GlyphSource("needle_chat", processor, split="dev", seed=recipe.seed)
+    total, tokens = 0.0, 0
+    for index in range(7):
+        batch = collate([[encode(source.document(index), processor)]], processor)
+        with torch.inference_mode():
+            loss = model(**batch.inputs, use_cache=False).loss.item()
+        total, tokens = total + loss * batch.loss_tokens, tokens + batch.loss_tokens
+    assert lines[3]["validation_loss"] == pytest.approx(total / tokens, rel=1e-5)
+    kept = {int(path.name[5:]) for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {min(lines, key=lambda step: lines[step]["validation_loss"]), 3}
+
+
+def test_evaluation_during_training_gives_accuracies_and_changes_nothing(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, quiet: Console
+) -> None:
+    plain = last_stage(tiny_recipe())
+    train(plain, tmp_path / "plain", console=quiet)
+    watched = plain.model_copy(
+        update={
+            "evaluation": EvaluationRecipe(every_steps=2, questions=2),
+            "validation": ValidationRecipe(every_steps=1, documents=3),
+        }
+    )
+    train(watched, tmp_path / "watched", console=quiet)
+    assert same_weights(tmp_path / "plain", tmp_path / "watched")
+    accuracies = [
+        {k: v for k, v in line.items() if k.startswith("accuracy_")} for line in read_metrics(tmp_path / "watched")
+    ]
+    assert accuracies[-1].keys() == {f"accuracy_{task}" for task in TASKS}
+    assert all(0 <= value <= 1 for value in accuracies[-1].values())
+
+
+LORA = "stages.last.learning_rates={projector: 1e-3, lora: 1e-2}"
+
+
+@pytest.mark.parametrize(
+    "lora",
+    ["{rank: 4, dropout: 0.1}", "{rank: 4, dora: true}", "{rank: 4, quantize: true}"],
+    ids=["lora", "dora", "qlora"],
+)
+def test_adapters_are_merged_saved_and_resumed(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, quiet: Console, lora: str
+) -> None:
+    sizes = ("model.text.hidden_size=64", "model.text.intermediate_size=128")  # 4 bits come in blocks of 64
+    recipe = last_stage(tiny_recipe(LORA, f"stages.last.lora={lora}", *sizes))
+    train(recipe, tmp_path / "whole", console=quiet)
+    model, _ = load_model(tmp_path / "whole" / "model", device="cpu")  # plain weights, no adapters in it
+    assert (tmp_path / "whole" / "adapters" / "last" / "adapter_model.safetensors").exists()
+    torch.manual_seed(recipe.seed)
+    before = dict(build_model(recipe.model)[0].named_parameters())
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys()
+    assert not before["language_model.model.layers.0.self_attn.q_proj.weight"].equal(
+        after["language_model.model.layers.0.self_attn.q_proj.weight"]
+    )
+    embedding = "language_model.model.embed_tokens.weight"
+    assert before[embedding].equal(after[embedding])
+
+    interrupted = signal.SIGINT
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            recipe,
+            tmp_path / "cut",
+            console=quiet,
+            after_step=lambda step: signal.raise_signal(interrupted) if step == 1 else None,
+        )
+    convert_checkpoint(newest_checkpoint(tmp_path / "cut" / "checkpoints"), tmp_path / "converted")
+    assert load_file(tmp_path / "converted" / "model.safetensors").keys() == final_weights(tmp_path / "whole").keys()
+    train(recipe, tmp_path / "cut", resume=True, console=quiet)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_workers_do_not_change_the_run_and_may_change_on_resume(
+    uninterrupted: Path, tiny_recipe: Callable[..., Recipe], tmp_path: Path, quiet: Console
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            tiny_recipe("loader.workers=2"),
+            tmp_path,
+            console=quiet,
+            after_step=lambda step: signal.raise_signal(signal.SIGINT) if step == 7 else None,
+        )
+    train(tiny_recipe("loader.workers=1"), tmp_path, resume=True, console=quiet)
+    assert_same_run(uninterrupted, tmp_path)
+
+
+def test_auto_resume_begins_and_goes_on(
+    uninterrupted: Path, tiny_recipe: Callable[..., Recipe], tmp_path: Path, quiet: Console
+) -> None:
+    def stop(step: int) -> None:
+        if step == 10:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Requeue):
+        train(tiny_recipe(), tmp_path, resume="auto", console=quiet, after_step=stop)
+    assert not (tmp_path / "stages.json").exists()  # by which a launcher knows that it is to go on
+    train(tiny_recipe(), tmp_path, resume="auto", console=quiet)
+    assert_same_run(uninterrupted, tmp_path)
+
+
+def test_checkpoint_of_a_stages_end_converts_to_a_model(uninterrupted: Path, tmp_path: Path) -> None:
+    convert_checkpoint(uninterrupted / "checkpoints" / "step-00000015", tmp_path / "model")
+    for file in ("model.safetensors", "config.json", "tokenizer.json", "processor_config.json"):
+        assert (tmp_path / "model" / file).read_bytes() == (uninterrupted / "model" / file).read_bytes(), file
+    with pytest.raises(FileExistsError, match="not empty"):
+        convert_checkpoint(uninterrupted / "checkpoints" / "step-00000015", tmp_path / "model")
+    shutil.copytree(uninterrupted / "checkpoints" / "step-00000012", tmp_path / "cut")
+    (tmp_path / "cut" / "state-00000-of-00001.safetensors").write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match="not whole"):
+        convert_checkpoint(tmp_path / "cut", tmp_path / "other")
+
+
+# Dry runs
+
+
+def test_dry_run_checks_every_stage(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = tiny_recipe()
+    checks = dry_run(recipe)
+    assert [check.name for check in checks] == ["warmup", "align", "video", "last"]
+    model, processor = build_model(recipe.model)
+    step = make_loader(recipe, 1, model.config, processor).next()
+    assert (checks[1].tokens, checks[1].loss_tokens, checks[1].micro_batches) == (step.tokens, step.loss_tokens, 2)
+    sizes = {"llm": model.language_model, "projector": model.multi_modal_projector, "tower": model.vision_tower}
+    count = {part: sum(p.numel() for p in module.parameters()) for part, module in sizes.items()}
+    assert [check.trained for check in checks] == [
+        count["tower"] + count["projector"], count["projector"] + count["llm"], sum(count.values()), count["llm"],
+    ]  # fmt: skip
+    assert list(tmp_path.iterdir()) == [tmp_path / "tiny.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("override", "processes", "message"),
+    [
+        ("stages.last.batch.tokens=5", 1, "none|can't be used"),
+        ("engine=zero7", 1, "engine is 'zero7'; accepted: torch"),
+        ("seed=0", 3, "1 micro-batches a step can't be shared by 3 processes"),
+        ("sources={coyo: {about: pairs}}", 1, r"sources.coyo.path is not filled in \(pairs\)"),
+    ],
+)
+def test_dry_run_finds_what_training_would(
+    tiny_recipe: Callable[..., Recipe], override: str, processes: int, message: str
+) -> None:
+    data = ["stages.last.data=[coyo]"] if "coyo" in override else []
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        dry_run(tiny_recipe(override, *data), processes)
