@@ -16,6 +16,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 import typer
 from rich.console import Console
 
+from .data.commands import app as data_app
+from .train.bench_commands import app as bench_app
+
 if TYPE_CHECKING:
     from .vlm.model import FoveateForConditionalGeneration
     from .vlm.processor import FoveateProcessor
@@ -29,9 +32,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-from .data.commands import app as data_app
-
 app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
 
 UsageError: Any = typer.BadParameter.__base__  # click's own, of which newer typers carry a copy
 STOPPED = 130  # the exit code that typer turns Ctrl-C into

@@ -80,7 +80,7 @@ def _shown(source: Source, index: int, processor: FoveateProcessor) -> _Shown:
         (sample.tiles, "tiles"),
     ):
         if number:
-            counts.append(("", f"{number:,}", unit))
+            counts.append(("", f"{number:,}", unit.removesuffix("s") if number == 1 else unit))
     text = f'<div class="text">{_tokens_html(sample, media, processor)}</div>'
     return _Shown(_article(sample.key, _chips(counts), text, "document"), sample.tokens, sample.loss_tokens)
 

@@ -170,7 +170,7 @@ class _Group(Generic[AnyItem]):
 
     def next_requests(self) -> list[int]:
         """The positions to read next; none at the end of the data."""
-        wanted = []
+        wanted: list[int] = []
         while len(wanted) < CHUNK:
             if self.again:
                 wanted.append(self.again.popleft())
@@ -243,6 +243,7 @@ class Loader(Generic[AnyItem]):
         self.new_bad: list[BadDocument] = []
         self.named_bad: list[BadDocument] = []  # the first ones of the run, for the error
         self.groups: dict[int, _Group] = {}
+        self.arrivals: Any = None  # the DataLoader's iterator, once started
         self._reset([])
 
     # State
@@ -451,7 +452,7 @@ class Loader(Generic[AnyItem]):
 
     def close(self) -> None:
         """Ends the workers."""
-        self.arrivals: Any = None
+        self.arrivals = None
 
 
 class _Requests:

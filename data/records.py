@@ -17,6 +17,7 @@ from .document import Document, DocumentError, Image, Part, Text, Video, chat_do
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 VIDEO_EXTENSIONS = ("mp4", "m4v", "mov", "mkv", "webm", "avi", "flv", "mpg", "mpeg", "ts", "ogv", "wmv")
+MEDIA_EXTENSIONS = frozenset(IMAGE_EXTENSIONS + VIDEO_EXTENSIONS)
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 # One question and its answer in fields of their own: Alpaca, prompt and completion, FLAN, Dolly, VQA.
 QUESTION_FIELDS = ("instruction", "prompt", "inputs", "question")

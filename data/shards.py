@@ -34,6 +34,8 @@ MAX_EXTENDED_HEADER_BYTES = 2**20  # a name is shorter
 MAX_DOCUMENT_BYTES = 4 * 2**30  # as MediaLimits.max_bytes: refused before it costs memory
 OPEN_FILES = 128  # a process; a shuffle window reaches over several shards
 PICKLED = ("pkl", "pickle", "pyd", "pt", "pth", "ckpt", "joblib", "dill")  # webdataset would unpickle the first five
+UNSAFE_NAME = re.compile(r"\Z|[/\\]|.:|(.*[/\\])?\.\.([/\\]|\Z)", re.DOTALL)  # absolute, of a Windows drive, or with ..
+META_NAME = re.compile(r"__[^/]*__($|/)")  # webdataset passes over such members
 PAX_RECORD = re.compile(rb"(\d{1,7}) ([^=]+)=")  # length and key
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
@@ -144,15 +146,14 @@ def _is_unsafe(header: Header) -> bool:
     """Whether a member is a link or a device, or its name would lead out of a folder that it was extracted to."""
     if not (header.regular or header.folder):
         return True
-    parts = re.split(r"[/\\]", header.name)
-    return ".." in parts or not parts[0] or parts[0][1:2] == ":"
+    return UNSAFE_NAME.match(header.name) is not None
 
 
 def _key_and_extension(name: str) -> tuple[str, str] | None:
     """Webdataset's key and lower-case extension of a member; None without an extension, for hidden and meta files."""
     folder = name.rfind("/") + 1
     dot = name.find(".", folder)
-    if dot <= folder or re.match(r"__[^/]*__($|/)", name):
+    if dot <= folder or META_NAME.match(name):
         return None
     return name[:dot], name[dot + 1 :].lower()
 

@@ -19,8 +19,7 @@ from braceexpand import braceexpand
 from ..vlm.processor import FoveateProcessor
 from .document import Document, DocumentError
 from .records import (
-    IMAGE_EXTENSIONS,
-    VIDEO_EXTENSIONS,
+    MEDIA_EXTENSIONS,
     MediaReader,
     RecordOptions,
     document_from_record,
@@ -86,9 +85,16 @@ class ShardSource:
         return self.shards.key(index)
 
     def document(self, index: int) -> Document:
-        key, members = self.key(index), self.shards.members(index)
+        return self.document_of(self.key(index), self.shards.members(index))
+
+    def document_of(self, key: str, members: dict[str, Member]) -> Document:
+        """The document that a tar's members, by extension, are.
+
+        Raises:
+            DocumentError: they are none.
+        """
         record = _record_of(key, members)
-        media = [name for name in members if name.rpartition(".")[2] in IMAGE_EXTENSIONS + VIDEO_EXTENSIONS]
+        media = [name for name in members if name.rpartition(".")[2] in MEDIA_EXTENSIONS]
         return document_from_record(key, record, _members_reader(key, members), self.options, self.processor, media)
 
 

@@ -200,7 +200,7 @@ def measure(
 def histogram(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A histogram of counts: edges int64 [bins + 1], numbers int64 [bins]; edges[i] ≤ value < edges[i + 1].
 
-    Edges are whole numbers, evenly spread, or by a factor where the largest is more than 20 times the smallest.
+    Edges are whole numbers, equally far apart, or by a factor where the largest value is over 20 times the smallest.
     """
     low, high = int(values.min()), int(values.max()) + 1
     if high - low <= BINS:
@@ -208,7 +208,8 @@ def histogram(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     elif high > 20 * max(low, 1):
         edges = np.unique([low, *np.geomspace(max(low, 1), high, BINS + 1).round().astype(np.int64)])
     else:
-        edges = np.linspace(low, high, BINS + 1).round().astype(np.int64)
+        width = -(-(high - low) // BINS)  # the same for all: bars of unequal width would mislead
+        edges = np.arange(low, high + width, width)
     return edges, np.bincount(np.searchsorted(edges, values, side="right") - 1, minlength=len(edges) - 1)
 
 
@@ -218,8 +219,12 @@ def print_statistics(statistics: Statistics, console: Console) -> None:
     of = "" if statistics.documents is None else f" of {statistics.documents:,}"
     estimated = " (evenly spread; totals are estimates)" if statistics.sampled else ""
     bad = sum(statistics.bad.values())
-    console.print(f"{statistics.read:,}{of} documents read{estimated}, {bad:,} of them can't be used", highlight=False)
-    table = Table("", *(("total", "mean", "min", *(f"p{p}" for p in PERCENTILES), "max")), box=None, pad_edge=False)
+    console.print(
+        f"{statistics.read:,}{of} documents read{estimated}, {bad:,} of them can't be used",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table("", "total", "mean", "min", *(f"p{p}" for p in PERCENTILES), "max", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
     for name, facts in summary["measures"].items():

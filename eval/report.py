@@ -4,53 +4,24 @@ import base64
 import html
 import io
 import json
-import platform
-import subprocess
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
 from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
-from .. import __version__
 from ..vlm.media import load_video
 from ..vlm.model import FoveateForConditionalGeneration
 from ..vlm.processor import FoveateProcessor
+from .facts import run_facts
 from .glyphs import TASKS, Item, TaskResult, answer, evaluate, task_items
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-
-
-def run_facts(command: str) -> dict[str, Any]:
-    """What makes a result traceable: command, commit, date, device, versions."""
-    folder = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
-    return {
-        "command": command,
-        "commit": git.stdout.strip() or None,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "device": f"{device}, {torch.get_num_threads()} threads",
-        "versions": {
-            "python": platform.python_version(),
-            "foveate": __version__,
-            **{name: version(name) for name in ("torch", "transformers", "av")},
-        },
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
 
 
 def evaluate_tasks(

@@ -114,3 +114,10 @@ def enable_checkpointing(model: FoveateForConditionalGeneration, parts: Collecti
             module.gradient_checkpointing_enable({"use_reentrant": False})
             # Only the reentrant form needs inputs with gradients; here they would cost a backward pass of their own.
             module.disable_input_require_grads()
+
+
+def disable_checkpointing(model: FoveateForConditionalGeneration) -> None:
+    """Undoes `enable_checkpointing`."""
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.gradient_checkpointing = False  # type: ignore[assignment]

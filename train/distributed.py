@@ -80,6 +80,7 @@ def init_world(device: str | None = None, timeout_s: float = 1800) -> Iterator[W
             if size > 1:
                 backend, own = ("nccl", where) if on_gpu else ("gloo", None)
                 dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, device_id=own)
+                assert dist.group.WORLD is not None
                 groups["main"] = dist.group.WORLD
                 for name in ("data", "checkpoint"):
                     groups[name] = dist.new_group(backend="gloo", timeout=timeout)

@@ -348,9 +348,8 @@ class TorchEngine(Engine):
         super().__init__(module, optimizer, precision, max_grad_norm, world)
         self.ddp: DistributedDataParallel | None = None
         if world.size > 1:
-            warnings.filterwarnings(
-                "ignore", "`broadcast_buffers` is deprecated"
-            )  # torch 2.11 has no other name for it
+            # torch 2.11 has no other name for it
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
             # Told that there are no unused parameters, DDP orders its buckets anew after its first step: sums over
             # three or more ranks then differ in their last bits between a resumed run and one that was not stopped.
             self.ddp = DistributedDataParallel(
@@ -471,7 +470,7 @@ def make_engine(
 
 def _dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A tree's leaves by their paths."""
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
             leaves |= _dotted(value, f"{prefix}{key}.")

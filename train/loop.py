@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..data.loader import Loader, Prefetched, Share, Step, merge_states
 from ..vlm.model import FoveateForConditionalGeneration
 from ..vlm.processor import FoveateProcessor
-from .acceleration import compile_model, convert_to_fp8, enable_checkpointing
+from .acceleration import compile_model, convert_to_fp8, disable_checkpointing, enable_checkpointing
 from .adapters import Adapters, merge_adapters, quantised_tensors, save_adapter
 from .build import add_stage_adapters, set_rope_theta, starting_model, weight_tensors
 from .checkpoint import (
@@ -95,6 +95,10 @@ def train(
         summaries = [StageSummary(**s) for s in state.get("summaries", [])]
         torch.manual_seed(recipe.seed)
         model, processor = starting_model(recipe, newest)
+        if recipe.fp8:
+            convert_to_fp8(model, device=world.device)
+        if recipe.compile:
+            compile_model(model)
         step, validation_loss = state["step"], state["validation_loss"]
 
         with (
@@ -201,17 +205,15 @@ def _make_engine(
     if stage.rope_theta:
         set_rope_theta(model, stage.rope_theta)
     adapters = add_stage_adapters(model, stage, checkpoint)
-    model.to(world.device)  # type: ignore[arg-type]  # its decorator hides self
+    if recipe.engine == "torch":  # DeepSpeed takes a model from the CPU, which need not fit on one device
+        model.to(world.device)  # type: ignore[arg-type]  # its decorator hides self
     model.train()
     set_trainable(model, stage)
     if stage.activation_checkpointing:
         enable_checkpointing(model)
-    if recipe.fp8:
-        convert_to_fp8(model)
-    if recipe.compile:
-        compile_model(model)
+    else:
+        disable_checkpointing(model)  # of an earlier stage
     objective = make_objective(stage, model, processor, same_calls=shares_weights(recipe.engine))
-    objective.to(world.device)
     head = getattr(objective, "head", None)
     engine = make_engine(
         recipe.engine,

@@ -305,9 +305,11 @@ class Recipe(_Strict):
                     raise ValueError(f"stages.{stage.name}.data names source {data.source!r}; accepted: {known}")
         if self.checkpoint.keep_best and self.validation is None:
             raise ValueError("checkpoint.keep_best has no effect without validation")
-        if self.engine != "torch":
-            for stage in self.stages:
-                if stage.lora and stage.lora.quantize:
+        for stage in self.stages:
+            if stage.lora and stage.lora.quantize:
+                if self.fp8:
+                    raise ValueError(f"fp8 and stages.{stage.name}.lora.quantize exclude each other")
+                if self.engine != "torch":
                     raise ValueError(
                         f"engine is {self.engine!r}; with stages.{stage.name}.lora.quantize accepted: torch"
                     )

@@ -78,8 +78,9 @@ class DeepSpeedEngine(Engine):
         if not dist.is_initialized():
             backend = "nccl" if world.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+        os.environ.setdefault("LOCAL_RANK", str(world.device.index or 0))  # to DeepSpeed the number of the device
         self.attributes = {id(owner): set(vars(owner)) for owner in self._owners_of_marks()}
+        self.linear = nn.functional.linear  # ZeRO-3 puts its own in this place, for all modules
         autocasts = precision == "bf16" and self.stage == 0
         with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimiser prints how much memory is used
             self.engine, *_ = deepspeed.initialize(
@@ -109,6 +110,7 @@ class DeepSpeedEngine(Engine):
         self.engine.destroy()
         self.engine.module_forward_pre_hook.remove()
         self.engine.module_forward_post_hook.remove()
+        nn.functional.linear = self.linear
         if self.stage == 3:
             parameter_offload.FWD_MODULE_STACK.remove(self.module)
             for module in self.module.modules():
@@ -129,7 +131,8 @@ class DeepSpeedEngine(Engine):
     def _forward_backward(self, inputs: dict[str, torch.Tensor], total: float, last: bool) -> torch.Tensor:
         self.engine.set_gradient_accumulation_boundary(last)
         loss = self.engine(inputs, total)
-        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)  # DeepSpeed divides by the number of ranks
+        # It divides by the number of ranks; and, by its hook on the output, what is given to `backward` as it came.
+        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
         return loss
 
     def _update(self, norm: float) -> None:
@@ -151,7 +154,8 @@ class DeepSpeedEngine(Engine):
             if isinstance(self.zero, BF16_Optimizer):
                 yield part, [self.zero.fp32_groups_gradient_flat_partition[number]]
             elif self.zero.cpu_offload:
-                yield part, [self.flats[number].grad]
+                gradient: Any = self.flats[number].grad
+                yield part, [gradient]
             else:
                 yield part, list(self.zero.averaged_gradients[number])
 
@@ -185,7 +189,7 @@ class DeepSpeedEngine(Engine):
         if self.stage > 0 and parameter in self.trained:
             return safe_get_full_fp32_param(parameter)
         with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
-            return parameter.detach().clone()
+            return parameter.detach().to(self.given_dtypes[name], copy=True)
 
     def _weight_dtype(self, name: str) -> torch.dtype:
         return torch.float32 if self._has_master(name) else self.given_dtypes[name]
@@ -194,7 +198,7 @@ class DeepSpeedEngine(Engine):
         return self.stage > 0 and self.parameters[name] in self.trained
 
     def _slots(self, parameter: nn.Parameter) -> list[str]:
-        return list(self.optimizer.state.get(self.flat_of.get(parameter), {}))
+        return list(self.optimizer.state.get(self.flat_of[parameter], {})) if parameter in self.flat_of else []
 
     def _slot(self, parameter: nn.Parameter, slot: str) -> torch.Tensor:
         if self.stage == 0 or slot == "step":
@@ -210,7 +214,7 @@ class DeepSpeedEngine(Engine):
         self._release()
 
     def _set_weight(self, name: str, value: torch.Tensor) -> None:
-        parameter = self.parameters[name]
+        parameter: Any = self.parameters[name]
         if self.stage == 3:
             part = self._part(parameter, value)
             if self._has_master(name):
@@ -223,7 +227,7 @@ class DeepSpeedEngine(Engine):
         if self.lowers and not self._has_master(name):
             self._keep_exact(name, value)
 
-    def _set_slot(self, parameter: nn.Parameter, slot: str, value: torch.Tensor) -> None:
+    def _set_slot(self, parameter: Any, slot: str, value: torch.Tensor) -> None:
         flat = self.flat_of[parameter]
         if slot == "step":  # a partition has one
             self.optimizer.state[flat][slot].copy_(value)
@@ -238,13 +242,13 @@ class DeepSpeedEngine(Engine):
             self._link(parameter)
             safe_set_full_optimizer_state(parameter, value, slot)
 
-    def _link(self, parameter: nn.Parameter) -> None:
+    def _link(self, parameter: Any) -> None:
         """Lets DeepSpeed find a parameter's part in the optimiser's state; it looks but once, after the first group."""
         if self.stage < 3 and parameter._hp_mapping is not None:
             flat = self.flat_of[parameter]
             parameter._hp_mapping.set_optim_state_fragment(flat, self.optimizer.state[flat])
 
-    def _part(self, parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+    def _part(self, parameter: Any, value: torch.Tensor) -> torch.Tensor:
         """This rank's part of a whole tensor in stage 3, with zeros at the end of the last."""
         size = parameter.partition_numel()
         padded = value.new_zeros(size * self.world.size)

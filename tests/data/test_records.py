@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
@@ -126,6 +126,7 @@ def test_images_of_unknown_similarity_are_kept_last_and_first_come_first(chatml_
 
 
 @given(st.data())
+@settings(deadline=None)
 def test_images_without_a_sentence_get_the_best_assignment(chatml_processor: FoveateProcessor, data: st.DataObject):
     """As MMC4: the sum of similarities is the greatest of all ways in which no sentence has two images."""
     sentences, images = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
@@ -606,6 +607,7 @@ records = st.one_of(
 
 
 @given(records, st.sampled_from([(), ("jpg",), ("mp4",), ("0.jpg", "1.jpg")]))
+@settings(deadline=None)
 def test_any_record_is_a_document_or_refused(
     chatml_processor: FoveateProcessor, record: dict, unnamed: tuple[str, ...]
 ) -> None:

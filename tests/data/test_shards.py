@@ -103,10 +103,12 @@ def is_plain(name: str) -> bool:
 
 
 @given(plans, st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_documents_are_webdatasets(tmp_path: Path, plan: list[tuple[str, int]], format: int) -> None:
     plan = [(name, size) for name, size in plan if is_plain(name)]
-    unique = {name.lower(): (name, np.random.default_rng(size).bytes(size)) for name, size in plan}  # webdataset fails on members there twice
+    unique = {
+        name.lower(): (name, np.random.default_rng(size).bytes(size)) for name, size in plan
+    }  # webdataset fails on members there twice
     path = write_tar(tmp_path / "random.tar", list(unique.values()), format)
 
     samples = list(webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False))
@@ -363,7 +365,7 @@ def test_sizes_in_base_256_and_in_pax_headers_are_read(tmp_path: Path) -> None:
 
 
 @given(st.data())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_flipped_bytes_never_raise_anything_else(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "a.tar"
     write_tar(path, pages(4), tarfile.PAX_FORMAT)

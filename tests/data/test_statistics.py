@@ -186,3 +186,5 @@ def test_histogram_counts_every_value_once(values: list[int]) -> None:
     assert (np.diff(edges) > 0).all() and len(counts) == len(edges) - 1 <= 13
     expected = [sum(low <= value < high for value in values) for low, high in pairwise(edges)]
     assert counts.tolist() == expected and sum(expected) == len(values)
+    if edges[-1] <= 20 * max(edges[0], 1):
+        assert len(set(np.diff(edges).tolist())) == 1

@@ -255,16 +255,17 @@ def equal_steps(world: World, out: Path) -> None:
 
 
 def write_states(world: World, out: Path) -> None:
-    """AdamW with clipping: the state after two steps, and the weights after a third."""
+    """AdamW with clipping: the state after two steps, a loss of other documents, and the weights after a third step."""
     for precision, size, name in WRITTEN:
         if size == world.size:
             run = f"{precision}-{size}-{name}"
             engine = start(name, "adamw", precision, CLIP, world, 2, out)
             facts = advance(engine, range(2), 2)
             save_file(engine.state_tensors(), out / f"state-{run}-{world.rank}.safetensors")
-            facts += advance(engine, range(2, STEPS), 2)
             micro, total = micro_batches(STEPS, world.rank, world.size, 2)
-            keep(out, f"adamw-{run}", engine, [*facts, {"evaluated": engine.evaluate(micro, total)}])
+            evaluated = engine.evaluate(micro, total)
+            facts += advance(engine, range(2, STEPS), 2)
+            keep(out, f"adamw-{run}", engine, [*facts, {"evaluated": evaluated}])
             engine.close()
 
 
@@ -329,6 +330,7 @@ def poisoned(world: World, out: Path) -> None:
 
 def chained(world: World, out: Path) -> None:
     """One module through an engine for each step: what `close` gives back is what the next one takes."""
+    linear = nn.functional.linear
     for precision in ("fp32", "bf16"):
         for run, names in (("one", ("torch",) * 3), ("several", ("small3", "zero2", "torch"))):
             module = NextToken()
@@ -346,6 +348,7 @@ def chained(world: World, out: Path) -> None:
                 assert {n: p.dtype for n, p in own.items()} == kinds, name
                 assert {n: sorted(vars(owner)) for n, owner in module.named_modules()} == attributes, name
                 assert not any(vars(p) or p.grad is not None for p in own.values()), name
+                assert nn.functional.linear is linear, name
                 assert all(own[n].equal(weight) for n, weight in weights.items() if n in own), name
             if world.rank == 0:
                 save_file({n: p.detach().clone() for n, p in own.items()}, out / f"chain-{precision}-{run}.safetensors")

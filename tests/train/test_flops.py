@@ -130,8 +130,14 @@ def test_prefix_tokens_reach_a_projector_that_keeps_them() -> None:
 
 @pytest.mark.parametrize(("layer", "needed"), [(-1, 3), (-2, 2), (1, 1), (3, 3), (-4, 0)])
 def test_tower_layers_after_the_features_are_not_counted(layer: int, needed: int) -> None:
-    flops = ModelFlops.from_config(make_config("clip_vision_model", vision_feature_layer=layer))
-    whole = ModelFlops.from_config(make_config("clip_vision_model"))
+    found = []
+    for features in (layer, None):
+        with torch.device("meta"):
+            model = make_model(make_config("clip_vision_model", vision_feature_layer=features))
+        add_adapters(model, AdapterSettings(rank=3, targets="all-linear", parts=("tower",)))
+        found.append(ModelFlops.from_model(model))
+    flops, whole = found
+    assert flops.tower_lora == whole.tower_lora * needed / 3 and whole.tower_lora > 0
     assert flops.tower_linear == whole.tower_linear * needed / 3
     assert flops.tower_pair == whole.tower_pair * needed / 3
     assert flops.patch_embedding == whole.patch_embedding == 2 * 4 * 4 * 3 * 32
@@ -207,6 +213,7 @@ def test_recomputation_counts_as_hardwares_work_alone(parts: tuple[str, ...]) ->
     hidden = attention_not_needed(config.text_config) if "llm" in parts else 0
     assert step.recomputed == step.hardware - step.model == recomputing - without - hidden + unneeded
     assert flops.step([TOKENS], TILES, ["llm"], checkpointing=["tower"]).recomputed == 0, "no backward pass, no need"
+    assert flops.step([TOKENS], TILES, [], checkpointing=["tower", "llm"]).hardware == plain.forward
 
 
 # Sizes

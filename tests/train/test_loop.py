@@ -567,6 +567,24 @@ def test_checkpoint_of_a_stages_end_converts_to_a_model(uninterrupted: Path, tmp
         convert_checkpoint(tmp_path / "cut", tmp_path / "other")
 
 
+def test_activation_checkpointing_holds_for_its_stage_and_changes_nothing(
+    uninterrupted: Path, tiny_recipe: Callable[..., Recipe], tmp_path: Path, quiet: Console
+) -> None:
+    counts: list[int] = []
+    real = NextToken.forward
+
+    def counted(self: NextToken, inputs: dict, total: float) -> torch.Tensor:
+        counts.append(sum(getattr(module, "gradient_checkpointing", False) for module in self.modules()))
+        return real(self, inputs, total)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NextToken, "forward", counted)
+        train(tiny_recipe("stages.align.activation_checkpointing=true"), tmp_path, console=quiet)
+    assert all(counts[:8]) and not any(counts[8:])  # four steps of two micro-batches
+    for name, weight in final_weights(uninterrupted).items():
+        torch.testing.assert_close(final_weights(tmp_path)[name], weight, rtol=1e-4, atol=1e-5)
+
+
 # Dry runs
 
 

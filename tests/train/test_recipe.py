@@ -71,6 +71,7 @@ def test_override_of_an_aliased_mapping_changes_one_place(tmp_path: Path, tiny_r
     assert (recipe.stages[2].batch.rows, recipe.stages[3].batch.rows) == (5, 2)
 
 
+QLORA = "stages.last={name: last, steps: 1, learning_rates: {lora: 1}, data: [{kind: captions}], lora: {quantize: yes}}"
 WRONG = [
     # a value that can't be
     ("stages.align.steps=0", "stages.1.steps is 0"),
@@ -127,6 +128,8 @@ WRONG = [
     ("sources={glyphs: {path: here}}", "sources.glyphs: the name is that of the embedded data"),
     ("checkpoint.keep_best=true", "checkpoint.keep_best has no effect without validation"),
     ("loader.max_bad_fraction=2", "loader.max_bad_fraction is 2"),
+    ("engine=zero2;" + QLORA, "engine is 'zero2'; with stages.last.lora.quantize accepted: torch"),
+    ("fp8=true;" + QLORA, "fp8 and stages.last.lora.quantize exclude each other"),
     ("validation={fraction: 1.0}", "validation.fraction is 1.0"),
     ("stages.warmup.batch.tokens=99", "stages.0: batch.tokens has no effect"),
     ("stages.align.data.0.kind=regions", "stages.1: .*regions.*region_text"),
@@ -146,7 +149,7 @@ WRONG = [
 @pytest.mark.parametrize(("override", "message"), WRONG, ids=[override for override, _ in WRONG])
 def test_wrong_field_is_named(tiny_recipe: Callable[..., Recipe], override: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message) as caught:
-        tiny_recipe(override)
+        tiny_recipe(*override.split(";"))
     assert "\n" not in str(caught.value)
 
 

@@ -1,0 +1,106 @@
+"""The command `foveate bench`: what training and loading cost here, each against its baseline in the same run."""
+
+import json
+import sys
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(help="Measure loading and training, each against its baseline.", rich_markup_mode=None)
+
+
+class Model(StrEnum):
+    tiny = "tiny"
+    small = "0.5b"
+    medium = "2b"
+    large = "8b"
+
+
+class Attention(StrEnum):
+    auto = "auto"
+    flash = "flash_attention_2"
+    flex = "flex_attention"
+    sdpa = "sdpa"
+    eager = "eager"
+
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print a results file instead of lines.")]
+
+
+@app.command()
+def data(
+    shards: Annotated[
+        str | None,
+        typer.Argument(help="A folder of .tar shards, or a pattern. Default: some are made.", metavar="[SHARDS]"),
+    ] = None,
+    documents: Annotated[int, typer.Option(min=1, help="How many are made where there are no SHARDS.")] = 1000,
+    workers: Annotated[int, typer.Option(min=0, help="Processes of each of the two loaders.")] = 2,
+    seconds: Annotated[float, typer.Option(min=0.01, help="For which each is measured, in 5 rounds.")] = 10.0,
+    restore: Annotated[
+        bool, typer.Option("--restore", help="Also measure restoring at 1 % and at 90 % of an epoch.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Documents a second against bare webdataset on the same shards; packing waste and balance."""
+    from .bench_data import DataBench, bench_data
+
+    results = bench_data(DataBench(shards, documents, workers, seconds, restore), _show)
+    _report(results, as_json, ("torch", "transformers", "webdataset", "pillow"))
+
+
+@app.command()
+def train(
+    model: Annotated[Model, typer.Option(help="Shapes, with random weights; tiny is for a CPU.")] = Model.tiny,
+    tokens: Annotated[
+        int | None, typer.Option(min=64, help="Of a packed row. Default: 8192; 2048 for the tiny model.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="That are timed.")] = 10,
+    micro_batches: Annotated[int, typer.Option(min=1, help="Packed rows of a step.")] = 1,
+    engine: Annotated[str, typer.Option(help="torch, zero0 … zero3, or a DeepSpeed JSON file.")] = "torch",
+    attention: Annotated[
+        Attention, typer.Option(help="Of the LLM; auto is flash_attention_2 where it is installed, else sdpa.")
+    ] = Attention.auto,
+    trains: Annotated[str, typer.Option(help="Parts that train, the others are frozen.")] = "tower,projector,llm",
+    checkpointing: Annotated[
+        str, typer.Option(help="Parts whose activations are computed again: tower, llm, or both with a comma.")
+    ] = "",
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile of each layer.")] = False,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that make the documents.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """A training step's speed and memory: packed against padded rows, fused against whole logits, and its parts."""
+    from .bench import TrainBench, bench_train
+
+    settings = TrainBench(
+        model.value,
+        tokens or (2048 if model == Model.tiny else 8192),
+        steps,
+        micro_batches,
+        engine,
+        attention.value,
+        tuple(filter(None, trains.split(","))),
+        tuple(filter(None, checkpointing.split(","))),
+        compile,
+        workers,
+        device,
+    )
+    _report(bench_train(settings, _show), as_json, ("torch", "transformers", "deepspeed"))
+
+
+def _show(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _report(results: list[dict[str, Any]], as_json: bool, packages: tuple[str, ...]) -> None:
+    if as_json:
+        from ..eval.facts import run_facts
+
+        command = " ".join(["foveate", *(argument for argument in sys.argv[1:] if argument != "--debug")])
+        print(json.dumps(run_facts(command, packages) | {"results": results}, indent=1))
+        return
+    for entry in results:
+        against = f"   {entry['ratio']:.3f} × {entry['baseline']}" if "ratio" in entry else ""
+        between = f"   [{entry['low']:.4g}, {entry['high']:.4g}]" if "low" in entry else ""
+        print(f"{entry['name']:>32}  {entry['value']:,.6g} {entry['unit']}{between}{against}")
