@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 # Read when torch is loaded: how often a waiting thread looks again before it sleeps. The default makes small steps many
 # times slower on a busy machine; never to look again makes them half as slow again on an idle one.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+# Where torchao is installed, importing transformers logs what only its developers can act on.
+logging.getLogger("torch.utils._pytree").addFilter(lambda record: "Enum subclass" not in record.getMessage())
 
 import typer
 from rich.console import Console
@@ -139,6 +141,32 @@ def report(
     from .train.report import write_report
 
     print(f"report in {write_report(run, out)}")
+
+
+@data_app.command("prune")  # here, because it runs models, which is no business of the data's floor
+def prune(
+    source: Annotated[str, typer.Argument(help="What `data stats` takes, with an end.", metavar="SOURCE")],
+    out: Annotated[Path, typer.Argument(help="Subset index file to write; scores go beside it.", metavar="OUT.json")],
+    small: Annotated[str, typer.Option(help="Folder or name of the small model.")],
+    large: Annotated[str, typer.Option(help="Folder or name of the large model.")],
+    keep: Annotated[float, typer.Option(help="Fraction of the documents to keep.")] = 0.5,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read documents.")] = 0,
+) -> None:
+    """Choose the documents that a large model knows and a small one does not (DeltaLoss, NVILA)."""
+    from rich.progress import Progress
+
+    from .train.deltaloss import prune as choose
+
+    _quiet_libraries()
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("")
+
+        def show(model: str, done: int, of: int) -> None:
+            progress.update(bar, description=model, completed=done, total=of)
+
+        about = choose(source, out, small, large, keep, workers=workers, after_document=show)
+    print(f"kept {about['kept']:,} of {about['documents']:,} documents in {out}")
 
 
 @app.command()

@@ -141,8 +141,10 @@ class Batch:
         return self.inputs["input_ids"].numel()
 
 
-def collate(rows: Sequence[Sequence[Sample]], processor: FoveateProcessor) -> Batch:
+def collate(rows: Sequence[Sequence[Sample]], processor: FoveateProcessor, raw_pixels: bool = False) -> Batch:
     """Lays rows of samples out as a batch; rows are padded to the longest with a document of padding.
+
+    `raw_pixels` leaves pixels as uint8 [tiles, height, width, 3], which an objective normalises on its device.
 
     Without any sample the batch is one position of padding: what a rank computes when its data has ended before
     others' has.
@@ -167,7 +169,7 @@ def collate(rows: Sequence[Sequence[Sample]], processor: FoveateProcessor) -> Ba
         "position_ids": torch.from_numpy(position_ids),
         "labels": torch.from_numpy(labels),
     }
-    inputs |= pixel_inputs(samples, processor)
+    inputs |= pixel_inputs(samples, processor, raw_pixels)
     return Batch(
         inputs,
         tuple(s.key for s in samples),
@@ -177,13 +179,19 @@ def collate(rows: Sequence[Sequence[Sample]], processor: FoveateProcessor) -> Ba
     )
 
 
-def pixel_inputs(samples: Sequence[Tiled], processor: FoveateProcessor) -> dict[str, torch.Tensor]:
-    """The samples' images and frames, normalised: `pixel_values` and `pixel_values_videos`, where there are any."""
+def pixel_inputs(
+    samples: Sequence[Tiled], processor: FoveateProcessor, raw: bool = False
+) -> dict[str, torch.Tensor]:
+    """The samples' pixels as `pixel_values` and `pixel_values_videos`, where there are any; see `collate`."""
     inputs = {}
     for name, tiles in (
         ("pixel_values", [s.images for s in samples if len(s.images)]),
         ("pixel_values_videos", [s.frames for s in samples if len(s.frames)]),
     ):
         if tiles:
-            inputs[name] = normalise(np.concatenate(tiles), processor.image_mean, processor.image_std)
+            together = np.concatenate(tiles)
+            if raw:
+                inputs[name] = torch.from_numpy(together)
+            else:
+                inputs[name] = normalise(together, processor.image_mean, processor.image_std)
     return inputs

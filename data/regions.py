@@ -44,7 +44,9 @@ def encode_regions(document: Document, processor: FoveateProcessor, limits: Medi
     return RegionSample(document.key, sample.images, sample.frames, described)
 
 
-def collate_regions(rows: Sequence[Sequence[RegionSample]], processor: FoveateProcessor) -> Batch:
+def collate_regions(
+    rows: Sequence[Sequence[RegionSample]], processor: FoveateProcessor, raw_pixels: bool = False
+) -> Batch:
     """Documents as one batch, those with images first.
 
     `inputs`: `pixel_values` and `pixel_values_videos`; `text_ids` and `text_mask` [texts, tokens], the texts that
@@ -62,7 +64,7 @@ def collate_regions(rows: Sequence[Sequence[RegionSample]], processor: FoveatePr
         "input_ids": encoded["input_ids"],
     }
     return Batch(
-        inputs | pixel_inputs(samples, processor),
+        inputs | pixel_inputs(samples, processor, raw_pixels),
         tuple(sample.key for sample in samples),
         tuple(sample.tokens for sample in samples),
         tuple(sample.tiles for sample in samples),

@@ -296,7 +296,7 @@ class DatasetSource:
 
     def document(self, index: int) -> Document:
         key = self.key(index)
-        (row,) = self.rows[index].to_pylist()
+        (row,) = self.rows[int(index)].to_pylist()
         record = {name: _as_list(value) for name, value in row.items()}
         return document_from_record(key, record, _folder_reader(key, self.media_root), self.options, self.processor)
 

@@ -195,7 +195,7 @@ def _make(
     shards = [whole[name] for name in names if name in whole]
     bad = [item for written in shards for item in written.refused]
     if bad:
-        lines = "".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in bad)
+        lines = "".join(json.dumps(asdict(item)) + "\n" for item in bad)
         _write_whole(out / REFUSED_NAME, lines)
     else:
         (out / REFUSED_NAME).unlink(missing_ok=True)
@@ -420,7 +420,8 @@ def _write_shard(task: _Task, source: Input, out: Path) -> Written:
             os.replace(aside, tar)
             _flush_folder(out)
         else:
-            aside.unlink()
+            for left in (aside, tar, offsets_path(tar)):
+                left.unlink(missing_ok=True)
             written = Written(task.name, 0, 0, "", 0, 0, tuple(refused))
         _write_whole(_record_path(tar), json.dumps(asdict(written), indent=1) + "\n")
         return written

@@ -3,14 +3,19 @@
 #
 #   scripts/gpu_suite.sh OUT [PIECE ...]      all pieces, or the ones named; each takes less than 10 minutes
 #
-# Pieces: tests (the tests marked gpu). PYTHON names the interpreter; the package need not be installed.
+# Pieces:
+#   tests  the tests marked gpu
+#   train  `foveate bench train` of the 2B shape at 8k tokens: packed against padded, parts of a step, MFU, memory with
+#          and without the fused loss. TRAIN_OPTIONS replaces "--checkpointing tower --workers 4".
+#   zero   the same steps of the 0.5B shape with plain torch, ZeRO-2 and ZeRO-3, where DeepSpeed is installed
+# PYTHON names the interpreter; the package need not be installed. COMMIT says what is measured where git does not.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 out=${1:?usage: scripts/gpu_suite.sh OUT [PIECE ...]}
 shift
 pieces=("$@")
-[ ${#pieces[@]} -gt 0 ] || pieces=(tests)
+[ ${#pieces[@]} -gt 0 ] || pieces=(tests train zero)
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 
@@ -20,12 +25,22 @@ trap 'rm -rf "$links"' EXIT
 ln -s "$root" "$links/foveate"
 export PYTHONPATH="$links${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 WANDB_MODE=offline PYTHONUNBUFFERED=1
 commit=${COMMIT:-$(git -C "$root" rev-parse HEAD 2>/dev/null || echo unknown)}
+export COMMIT=$commit GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-3000}
 cd "$links" # not the root: its kernels/ would be found in the place of the library of that name
 
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
   echo "gpu_suite: $python (set PYTHON) has no torch that sees a CUDA device" >&2
   exit 2
 fi
+# bench SECONDS NAME ARGUMENT...: writes OUT/NAME.json, and OUT/NAME.log with what was said.
+bench() {
+  local seconds=$1 name=$2
+  shift 2
+  timeout "$seconds" "$python" -c 'from foveate.cli import main; main()' bench "$@" --json \
+    >"$out/$name.json" 2> >(tee "$out/$name.log" >&2) || { echo "gpu_suite: $name failed" >&2; rm -f "$out/$name.json"; return 1; }
+  cat "$out/$name.json"
+}
+
 status=0
 for piece in "${pieces[@]}"; do
   case $piece in
@@ -36,8 +51,21 @@ for piece in "${pieces[@]}"; do
         --junitxml "$links/tests.xml" 2>&1 | tee "$out/tests.log" || status=1
       "$python" "$root/scripts/junit_to_results.py" "$links/tests.xml" "$commit" >"$out/gpu_tests.json"
       ;;
+    train)
+      read -ra options <<<"${TRAIN_OPTIONS:---checkpointing tower --workers 4}"
+      bench 590 bench_train_2b train --model 2b --tokens 8192 --steps 20 "${options[@]}" || status=1
+      ;;
+    zero)
+      if ! "$python" -c 'import deepspeed' 2>/dev/null; then
+        echo "gpu_suite: zero: DeepSpeed is not installed, so nothing was run" | tee "$out/bench_zero.log"
+        continue
+      fi
+      for engine in torch zero2 zero3; do
+        bench 190 "bench_$engine" train --model 0.5b --tokens 8192 --steps 10 --workers 4 --engine "$engine" || status=1
+      done
+      ;;
     *)
-      echo "gpu_suite: no piece '$piece'; accepted: tests" >&2
+      echo "gpu_suite: no piece '$piece'; accepted: tests, train, zero" >&2
       exit 2
       ;;
   esac

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the shards that the tiny-* recipes train on, from the embedded data: about 27 MB in about a minute.
+# Makes the shards that the tiny-* recipes train on, from the embedded data: 30 MB in about a minute.
 #
 #   scripts/tiny_data.sh [OUT]      OUT is runs/tiny-data unless given, where the recipes look
 #

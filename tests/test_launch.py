@@ -22,6 +22,7 @@ FOVEATE = """#!/bin/bash
 out=$CALLS/${RANK:-${SLURM_PROCID:-alone}}
 trap 'echo saved >"$out.saved"; exit 0' TERM
 world="${WORLD_SIZE:-} ${LOCAL_RANK:-} ${MASTER_ADDR:-} ${MASTER_PORT:-}"
+echo "${PYTHONPATH:-}" >"$out.pythonpath"
 printf '%s\\n' "$PWD" "$world" "$@" >"$out.part"
 mv "$out.part" "$out"
 [ -z "${FAIL:-}" ] || exit "$FAIL"
@@ -205,12 +206,13 @@ def test_deepspeed_starts_a_process_a_slot_on_each_host(cluster: Cluster, tmp_pa
     hosts.write_text("first slots=1\nsecond slots=1\n")
     code, _, err = cluster.run("train_deepspeed.sh", hosts, "tiny", "some out", "engine=zero2", MASTER_PORT=PORT + 1)
     assert code == 0, err
-    assert "-w first,second" in cluster.noted("pdsh")[0]
+    assert "-w first,second" in cluster.noted("pdsh")[0] and "cd /;" in cluster.noted("pdsh")[0]
     assert all(call.split()[-2] == "first" or "first" in call for call in cluster.noted("ssh"))
     for rank in "01":
         place, ranks, *arguments = cluster.noted(rank)
         assert (place, ranks) == (str(ROOT), f"2 0 127.0.0.1 {PORT + 1}")
         assert arguments == ["train", "tiny", "engine=zero2", "--out", "some out", "--auto-resume"]
+        assert cluster.noted(f"{rank}.pythonpath") == [os.environ.get("PYTHONPATH", "")]
 
 
 def test_deepspeed_needs_its_hostfile_and_its_command(cluster: Cluster, tmp_path: Path) -> None:

@@ -345,7 +345,7 @@ def _subject(bench: TrainBench, world: Any) -> _Subject:
         tiles = {(side, side): len(sample.images)} if len(sample.images) else {}
         return flops.document(sample.tokens, tiles, bench.trains, sample.loss_tokens)
 
-    loader = Loader(
+    loader: Loader[Any] = Loader(
         Mixture([source], [1.0], seed=0, shuffle=0),
         Packing(rows=1, groups=bench.micro_batches, tokens=bench.tokens, tiles=2**20),
         source.encode,

@@ -8,7 +8,7 @@ import io
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -166,7 +166,7 @@ class _FromShards:
         return encode(self.source.document_of(key, members), self.processor)
 
 
-def _webdataset_documents(source: ShardSource, processor: FoveateProcessor, workers: int) -> Iterator[int]:
+def _webdataset_documents(source: ShardSource, processor: FoveateProcessor, workers: int) -> Generator[int, None, None]:
     """Numbers of documents as they come out of webdataset in a torch DataLoader, without end."""
     import webdataset
 
@@ -193,13 +193,13 @@ def _loader(
         Mixture([source], [1.0], seed=0, epochs=epochs),
         Packing(rows=1, groups=1, tokens=ROW_TOKENS, tiles=ROW_TILES),
         encode_one,
-        partial(collate, processor=processor),
+        partial(collate, processor=processor, raw_pixels=True),
         lambda sample: float(sample.tokens),
         workers=workers,
     )
 
 
-def _loader_documents(loader: Loader) -> Iterator[int]:
+def _loader_documents(loader: Loader) -> Generator[int, None, None]:
     while (step := loader.next()) is not None:
         yield step.documents
 
@@ -216,13 +216,15 @@ def _against_webdataset(
     for number in range(ROUNDS + 1):  # the first warms up
         for name, stream in streams.items():
             show(f"{name}, round {number} of {ROUNDS}")
-            rate = _rate(stream, 2 * (bench.workers or 1) * PREFETCH * CHUNK, bench.seconds / ROUNDS)
+            rate = _rate(stream, 2 * bench.workers * PREFETCH * CHUNK, bench.seconds / ROUNDS)
             if number:
                 rates[name].append(rate)
     loader.close()
+    for stream in streams.values():
+        stream.close()
     megabytes = sum(shard.size for shard in source.shards.shards) / source.documents / 1e6
     ratios = [ours / bare for ours, bare in zip(rates["loader"], rates["webdataset"], strict=True)]
-    results = []
+    results: list[dict[str, Any]] = []
     for name, against in (("webdataset", {}), ("loader", {"baseline": "webdataset"})):
         low, high, middle = min(rates[name]), max(rates[name]), mean(rates[name])
         for unit, factor in (("documents/s", 1.0), ("MB/s", megabytes)):
@@ -288,7 +290,7 @@ def _restore(
             loader.next()
             seconds[place].append(time.perf_counter() - began)
             loader.close()
-    results = []
+    results: list[dict[str, Any]] = []
     for place, times in seconds.items():
         more: dict[str, Any] = {"low": min(times), "high": max(times)}
         if results:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..vlm.model import FoveateForConditionalGeneration
 from ..vlm.processor import FoveateProcessor
+from ..vlm.tiling import normalise_tensor
 from .loss import fusion_obstacle, token_loss
 
 PIXELS = ("pixel_values", "pixel_values_videos")
@@ -32,6 +33,7 @@ class NextToken(nn.Module):
     ):
         super().__init__()
         self.model, self.chunks, self.same_calls = model, chunks, same_calls
+        self.pixels = _Normalised(processor)
         self.sizes = {"pixel_values": processor.image_size, "pixel_values_videos": processor.video_size}
         self.fused = fusion_obstacle(model.language_model) is None
 
@@ -67,11 +69,21 @@ class NextToken(nn.Module):
         return [] if given else ["pixel_values"]
 
     def _empty_tile(self, name: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return torch.zeros(1, 3, *self.sizes[name], device=inputs["input_ids"].device)
+        return torch.zeros(1, *self.sizes[name], 3, dtype=torch.uint8, device=inputs["input_ids"].device)
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         """What the LLM reads of them, [tokens, D]."""
-        return self.model.get_image_features(pixels)["pooler_output"].flatten(0, 1)
+        return self.model.get_image_features(self.pixels(pixels))["pooler_output"].flatten(0, 1)
+
+
+class _Normalised:
+    """Pixels as the tower takes them, of uint8 tiles or of pixels that are so already."""
+
+    def __init__(self, processor: FoveateProcessor):
+        self.mean, self.std = processor.image_mean, processor.image_std
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        return normalise_tensor(pixels, self.mean, self.std) if pixels.dtype == torch.uint8 else pixels
 
 
 class RegionText(nn.Module):
@@ -112,14 +124,14 @@ class RegionText(nn.Module):
 class RegionContrast(nn.Module):
     """`RegionText` on a model's tokens and word embeddings."""
 
-    def __init__(self, model: FoveateForConditionalGeneration):
+    def __init__(self, model: FoveateForConditionalGeneration, processor: FoveateProcessor):
         super().__init__()
-        self.model, self.head = model, RegionText()
+        self.model, self.head, self.pixels = model, RegionText(), _Normalised(processor)
 
     def forward(self, inputs: Mapping[str, torch.Tensor], total: float) -> torch.Tensor:
         """Inputs as of `regions.collate_regions`."""
         regions = [
-            self.model.get_image_features(inputs[name])["pooler_output"].flatten(0, 1)
+            self.model.get_image_features(self.pixels(inputs[name]))["pooler_output"].flatten(0, 1)
             for name in PIXELS
             if name in inputs
         ]

@@ -139,7 +139,7 @@ def _pictures(lines: Sequence[Line]) -> Iterator[tuple[str, bytes]]:
 
     groups = {
         "Loss": (
-            Panel("loss", {"training": "loss", "validation": "validation_loss"}, "log"),
+            Panel("loss", {"training": "loss", "validation": "validation_loss"}, "log", dots=("validation",)),
             Panel("accuracy of generated answers", having("accuracy_")),
         ),
         "Learning rates and gradients": (

@@ -96,7 +96,7 @@ def make_loader(
             mixture,
             Packing(batch.rows, batch.micro_batches, tokens=2**31, tiles=2**31, window=1, reserve=1),
             partial(encode_regions, processor=processor, limits=limits),
-            partial(collate_regions, processor=processor),
+            partial(collate_regions, processor=processor, raw_pixels=True),
             _tiles,
             **options,
         )
@@ -104,7 +104,7 @@ def make_loader(
         mixture,
         Packing(batch.rows, batch.micro_batches, batch.tokens, batch.tiles, batch.window, batch.reserve),
         partial(encode, processor=processor, limits=limits),
-        partial(collate, processor=processor),
+        partial(collate, processor=processor, raw_pixels=True),
         SampleCost(config, stage),
         **options,
     )
@@ -149,6 +149,6 @@ def make_objective(
 ) -> nn.Module:
     """The module that a stage's engine trains; see `objectives`."""
     if stage.objective == "region_text":
-        return RegionContrast(model)
+        return RegionContrast(model, processor)
     chunks = -(-stage.batch.rows * stage.batch.tokens // LOGITS_TOKENS)
     return NextToken(model, processor, chunks, same_calls)

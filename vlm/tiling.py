@@ -56,3 +56,11 @@ def normalise(tiles: np.ndarray, mean: Sequence[float], std: Sequence[float]) ->
             out *= scale[channel]
             out += shift[channel]
     return torch.from_numpy(pixels)
+
+
+def normalise_tensor(tiles: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """As `normalise`, to the same bits on a CPU, of a tensor where it is: on a GPU a quarter is copied to it."""
+    deviation = torch.tensor(std, dtype=torch.float32)
+    scale, shift = 1 / (255 * deviation), -torch.tensor(mean, dtype=torch.float32) / deviation
+    pixels = tiles.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return pixels.mul_(scale.to(tiles.device)[:, None, None]).add_(shift.to(tiles.device)[:, None, None])

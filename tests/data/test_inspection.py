@@ -1,6 +1,7 @@
 """The page is parsed with the standard library's HTML parser."""
 
 import base64
+import copy
 import io
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -101,8 +102,13 @@ def test_token_that_reaches_into_a_part_with_loss_is_marked(chatml_processor: Fo
     assert tokens[-1] == (" mat", {"l"})
 
 
-def test_text_of_data_is_escaped(chatml_processor: FoveateProcessor) -> None:
+@pytest.mark.parametrize("one_token", [False, True])
+def test_text_of_data_is_escaped(chatml_processor: FoveateProcessor, one_token: bool) -> None:
     evil = "<script>alert('x')</script> & <img src=x onerror=alert(1)>"
+    if one_token:
+        tokenizer = copy.deepcopy(chatml_processor.tokenizer)
+        tokenizer.add_tokens([evil])
+        chatml_processor = FoveateProcessor(tokenizer, image_size=(28, 28))
     documents = [
         Document(evil, (Text(evil, loss=True), Text(evil))),
         DocumentError(evil, "bad_record", evil),
@@ -113,6 +119,7 @@ def test_text_of_data_is_escaped(chatml_processor: FoveateProcessor) -> None:
     assert not [tag for tag, _ in parsed.tags if tag in ("script", "img", "iframe", "link")]
     assert not [name for _, given in parsed.tags for name in given if name.startswith("on")]
     assert "".join(text for text, _ in parsed.document_tokens()) == evil + evil
+    assert (len(parsed.document_tokens()) == 2) == one_token
     assert parsed.texts["h2"] == [evil, evil, "b"] and parsed.texts["why"][0] == evil
     policy = next(given["content"] for tag, given in parsed.tags if "http-equiv" in given)
     assert "default-src 'none'" in policy and "script" not in policy
@@ -122,7 +129,7 @@ def test_text_of_data_is_escaped(chatml_processor: FoveateProcessor) -> None:
 def test_media_are_what_the_model_sees(processor: FoveateProcessor) -> None:
     """Thumbnails, decoded, are the sample's tiles; placeholders are collapsed."""
     clip = np.random.default_rng(1).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
-    parts = (Text("a"), Image(png(PICTURE)), Image(PICTURE), Text("and", loss=True), Video(clip), Text("has"))
+    parts = (Text("a"), Image(png(PICTURE)), Image(PICTURE[::-1]), Text("and", loss=True), Video(clip), Text("has"))
     document = Document("a", parts)
     sample = encode(document, processor)
     page = page_of(document, processor=processor)

@@ -15,6 +15,7 @@ from foveate.train.build import build_model
 from foveate.train.recipe import Recipe
 from foveate.vlm.model import FoveateForConditionalGeneration
 from foveate.vlm.processor import FoveateProcessor
+from foveate.vlm.tiling import normalise, normalise_tensor
 
 MAX_TOKENS, MAX_TILES = 40, 6
 sizes = st.lists(st.tuples(st.integers(1, MAX_TOKENS), st.integers(0, MAX_TILES)), min_size=1, max_size=60)
@@ -149,6 +150,19 @@ def test_collated_rows_restart_positions_and_pad_with_a_document_of_its_own(proc
     # sample 0 has an image and a frame, sample 1 one frame: (pixel / 255 - 0.5) / 0.5
     assert batch.inputs["pixel_values"].shape == (1, 3, 2, 2)
     assert batch.inputs["pixel_values_videos"][:, 0, 0, 0].tolist() == pytest.approx([2 / 255 - 1, -1], abs=1e-6)
+
+
+def test_raw_pixels_are_normalised_later_to_the_same_bits(processor: FoveateProcessor) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    ids = np.zeros(2, dtype=np.int64)
+    rows = [[Sample("a", ids, ids, pixels, pixels[:2, :32, :32])]]
+    raw, whole = collate(rows, processor, raw_pixels=True), collate(rows, processor)
+    for name in ("pixel_values", "pixel_values_videos"):
+        assert raw.inputs[name].dtype == torch.uint8
+        mean, std = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
+        later = normalise_tensor(raw.inputs[name], mean, std)
+        assert later.equal(normalise(raw.inputs[name].numpy(), mean, std)) and later.is_contiguous()
+        assert whole.inputs[name].equal(normalise_tensor(raw.inputs[name], processor.image_mean, processor.image_std))
 
 
 def test_no_samples_are_one_position_of_padding(processor: FoveateProcessor) -> None:

@@ -99,7 +99,7 @@ plans = st.lists(st.tuples(names, st.sampled_from([0, 1, 511, 512, 513, 1500])),
 def is_plain(name: str) -> bool:
     """Names about which webdataset has no other opinion: not hidden, and not unsafe."""
     *folders, last = name.split("/")
-    return all(folder not in ("", "..") for folder in folders) and not last.startswith(".")
+    return all(folder not in ("", "..") for folder in folders) and last != "" and not last.startswith(".")
 
 
 @given(plans, st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
@@ -149,6 +149,16 @@ def test_members_of_no_document_are_passed_over(tmp_path: Path) -> None:
              ("d/1.jpg", b"2"), ("LICENSE", b"y"), ("d/2.json", b"3"), ("NOTES", b"z")]  # fmt: skip
     shards = Shards(write_tar(tmp_path / "a.tar", files, types={"d": tarfile.DIRTYPE}))
     assert [outcome(shards, i) for i in range(shards.documents)] == [{"json": b"1", "jpg": b"2"}, {"json": b"3"}]
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names_are_whole(tmp_path: Path, format: int) -> None:
+    folder = "a-folder/" * 14
+    path = write_tar(tmp_path / "a.tar", [(f"{folder}1.jpg", b"1"), (f"{folder}2.jpg", b"2"), ("2.txt", b"3")], format)
+    shards = Shards(path)
+    assert [{e: m.name for e, m in shards.members(i).items()} for i in range(shards.documents)] == [
+        {"jpg": f"{folder}1.jpg"}, {"jpg": f"{folder}2.jpg"}, {"txt": "2.txt"},
+    ]  # fmt: skip
 
 
 def test_an_index_out_of_range_is_an_index_error(tmp_path: Path) -> None:
@@ -341,6 +351,7 @@ def header_with_size(name: bytes, size: bytes, kind: bytes = b"0") -> bytes:
         header_with_size(b"2.txt", b"77777777777\0"),
         header_with_size(b"x", b"77777777777\0", b"x"),
         header_with_size(b"x", b"77777777777\0", b"L"),
+        header_with_size(b"x", b"%011o\0" % 2**21, b"L") + b"n" * 2**21,
         header_with_size(b"x", b"00000000034\0", b"x") + b"12 size=-512\n16 path=2.txt\n".ljust(512, b"\0"),
         header_with_size(b"x", b"00000010000\0", b"x") + b"5000 size=".ljust(4096, b"9"),
     ],

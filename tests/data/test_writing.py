@@ -370,6 +370,31 @@ def test_refused_documents_are_counted_by_reason(media: Path, tmp_path: Path) ->
     assert Shards(tmp_path / "out").documents == 2
 
 
+def test_names_that_are_no_text_are_listed(tmp_path: Path) -> None:
+    """Linux file names are bytes."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in (b"\xff\xfe.png", b"good.png"):
+        (folder / os.fsdecode(name)).write_bytes(picture(0))
+    (folder / "good.txt").write_text("noise")
+    assert make(folder, tmp_path / "out", max_bad_fraction=0.5).refused == {"bad_record": 1}
+    listed = json.loads((tmp_path / "out" / "refused.jsonl").read_text())
+    assert os.fsencode(listed["key"]) == b"\xff\xfe"
+
+
+def test_shard_that_loses_its_documents_is_removed(tmp_path: Path) -> None:
+    """Its media were there in the run before."""
+    records = [{"caption": "noise", "image": f"{number}.png"} for number in range(2)]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    for number in range(2):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    make(tmp_path / "data.json", tmp_path / "out", 1)
+    (tmp_path / "1.png").unlink()
+    (tmp_path / "out" / "shard-000001.tar.json").unlink()
+    assert make(tmp_path / "data.json", tmp_path / "out", 1, max_bad_fraction=1.0).index.documents == 1
+    assert Shards(tmp_path / "out").documents == 1 and not (tmp_path / "out" / "shard-000001.tar").exists()
+
+
 def test_too_many_refused_documents_stop_the_run_and_can_be_mended(media: Path, tmp_path: Path) -> None:
     records = [{"caption": f"number {n}", "image": f"{n}.png"} for n in range(30)]
     (media / "records.json").write_text(json.dumps(records))

@@ -104,6 +104,12 @@ def diagrams(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, list[tuple[
     return found
 
 
+@pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes a second a page."""
+    monkeypatch.setattr(report, "_pictures", lambda lines: [])
+
+
 def test_finished_run(run: Path) -> None:
     add_checkpoint(run, 4)
     (run / "stages.json").write_text(json.dumps(SUMMARIES))
@@ -152,6 +158,7 @@ def test_diagrams_show_what_the_metrics_say(run: Path, diagrams: dict) -> None:
     assert "memory of the first process, GB" in titles and "accuracy of generated answers" not in titles
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_run_before_its_first_checkpoint(run: Path) -> None:
     page = Page(write_report(run))
     assert any(text.startswith("Not finished") for text in page.texts)
@@ -162,6 +169,7 @@ def test_run_before_its_first_checkpoint(run: Path) -> None:
     assert "It comes with the first checkpoint." in page.texts
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_killed_run(run: Path) -> None:
     """A line of metrics was cut short, the newest checkpoint is not whole."""
     with (run / "metrics.jsonl").open("a") as file:
@@ -177,6 +185,7 @@ def test_killed_run(run: Path) -> None:
     assert any("is of step 4, stage sft" in text for text in page.texts)
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_refused_documents_are_counted_by_reason_and_listed(run: Path) -> None:
     lines = [
         {"step": 1, "key": f"a.tar/{i}", "reason": "bad_json" if i % 3 else "too_large", "message": "m"}
