@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 # Read when torch is loaded: how often a waiting thread looks again before it sleeps. The default makes small steps many
 # times slower on a busy machine; never to look again makes them half as slow again on an idle one.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-# Where torchao is installed, importing transformers logs what only its developers can act on.
-logging.getLogger("torch.utils._pytree").addFilter(lambda record: "Enum subclass" not in record.getMessage())
 
 import typer
 from rich.console import Console
@@ -24,6 +22,9 @@ from .train.bench_commands import app as bench_app
 if TYPE_CHECKING:
     from .vlm.model import FoveateForConditionalGeneration
     from .vlm.processor import FoveateProcessor
+
+# Where torchao is installed, importing transformers logs what only its developers can act on.
+logging.getLogger("torch.utils._pytree").addFilter(lambda record: "Enum subclass" not in record.getMessage())
 
 app = typer.Typer(
     name="foveate",
@@ -110,11 +111,11 @@ def train(
     folder = out or Path("runs") / loaded.name
     try:
         run(loaded, folder, resume="auto" if auto_resume else resume, console=console)
+        done = f"model in {folder / 'model'}"
     except Requeue:
-        print(f"stopped by a signal and saved; --resume goes on with {folder}", file=sys.stderr)
-        return
+        done = f"stopped by a signal and saved; --resume goes on with {folder}"
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
-        console.print(f"model in {folder / 'model'}")
+        console.print(done, soft_wrap=True)
 
 
 @app.command()

@@ -22,16 +22,13 @@ MAX_FRAMES = 32  # of a video that are shown
 THUMBNAIL = 320  # pixels of the longer side at most
 
 
-def inspect_page(
-    source: Source, name: str, processor: FoveateProcessor, count: int = 20, seed: int = 0, facts: str = ""
-) -> str:
+def inspect_page(source: Source, name: str, processor: FoveateProcessor, count: int = 20, seed: int = 0) -> str:
     """A page of HTML that stands alone and runs nothing, with `count` documents drawn at random.
 
     Args:
         name: what the source is called on the page.
         count: documents to show; all where the source has fewer.
         seed: of the draw.
-        facts: what is told about the processor at the top.
     """
     if count < 1:
         raise ValueError(f"count is {count}; accepted: 1 at least")
@@ -47,7 +44,7 @@ def inspect_page(
         f"{tokens:,} tokens, {loss:,} of them carry loss ({loss / max(tokens, 1):.0%})",
         f"{len(shown) - len(good):,} refused",
     ]
-    head = "".join(f"<li>{html.escape(line)}</li>" for line in [*lines, *([facts] if facts else [])])
+    head = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
     body = "".join(entry.html for entry in shown)
     return PAGE.format(title=html.escape(name), head=head, body=body, css=CSS)
 

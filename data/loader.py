@@ -470,11 +470,10 @@ def _unchanged(items: Any) -> Any:
 
 
 def _begin_worker(worker: int) -> None:
-    """Ctrl-C reaches workers too, but it is the trainer that ends them; and they end when it was killed, also where one
-    waits for room in a queue that nobody reads any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    """Signals to the process group reach workers too, but it is the trainer that ends them; and they end when it was
+    killed, also where one waits for room in a queue that nobody reads any more."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     trainer = os.getppid()
 
     def watch() -> None:

@@ -179,9 +179,7 @@ def collate(rows: Sequence[Sequence[Sample]], processor: FoveateProcessor, raw_p
     )
 
 
-def pixel_inputs(
-    samples: Sequence[Tiled], processor: FoveateProcessor, raw: bool = False
-) -> dict[str, torch.Tensor]:
+def pixel_inputs(samples: Sequence[Tiled], processor: FoveateProcessor, raw: bool = False) -> dict[str, torch.Tensor]:
     """The samples' pixels as `pixel_values` and `pixel_values_videos`, where there are any; see `collate`."""
     inputs = {}
     for name, tiles in (

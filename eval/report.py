@@ -94,7 +94,7 @@ def examples_picture(items: Sequence[Item], answers: Sequence[str]) -> bytes:
         for k, (frame, number) in enumerate(zip(frames, numbers, strict=True)):
             caption = f"frame {number + 1} / {item.frames}"
             _show(figure.add_subplot(row[k]), frame, caption, "" if k else title, item, said)
-    return _png(figure)
+    return png(figure)
 
 
 def _verdict(item: Item, said: str) -> str:
@@ -128,10 +128,11 @@ def loss_picture(metrics: Sequence[dict[str, Any]]) -> bytes:
     axes.set_yscale("log")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
-    return _png(figure)
+    return png(figure)
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
+    """A matplotlib figure as PNG; it is closed."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)

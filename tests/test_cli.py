@@ -15,12 +15,16 @@ from PIL import Image
 from foveate import cli
 from foveate.data.glyphs import digit_clip, encode_mp4
 from foveate.train.build import build_model
-from foveate.train.checkpoint import load_checkpoint, newest_checkpoint
+from foveate.train.checkpoint import newest_checkpoint, read_state
 from foveate.train.recipe import Recipe
 
 COMMANDS = {
     "quickstart": ["--out"],
-    "train": ["RECIPE", "KEY=VALUE", "--out", "--resume"],
+    "train": ["RECIPE", "KEY=VALUE", "--out", "--resume", "--auto-resume", "--dry-run", "--processes"],
+    "convert": ["CHECKPOINT", "OUT"],
+    "report": ["RUN", "--out"],
+    "data": ["make", "index", "verify", "inspect", "stats", "prune"],
+    "bench": ["data", "train"],
     "ask": ["MODEL", "MEDIA", "QUESTION", "--frames", "--max-new-tokens", "--json"],
     "export": ["MODEL", "OUT", "--format", "code", "stock"],
     "eval": ["MODEL", "--task", "glyphs", "--out", "--n", "--split"],
@@ -206,6 +210,26 @@ def test_without_a_question_a_prompt_takes_several(model: Path, mp4: Path) -> No
 # train, export, eval
 
 
+def test_dry_run_trains_nothing(foveate: Callable[..., Ran], tiny_recipe_path: Path, tmp_path: Path) -> None:
+    ran = foveate("train", tiny_recipe_path, "--dry-run", "--out", tmp_path / "run")
+    assert ran.code == 0 and all(stage in ran.out for stage in ("warmup", "align", "video", "last"))
+    assert not (tmp_path / "run").exists()
+    ran = foveate("train", tiny_recipe_path, "--dry-run", "--processes", 2)
+    ran.assert_user_error("1 micro-batches a step can't be shared by 2 processes")
+
+
+def test_a_run_is_reported_and_its_checkpoint_converted(
+    foveate: Callable[..., Ran], tiny_recipe_path: Path, tmp_path: Path, png: Path
+) -> None:
+    assert foveate("train", tiny_recipe_path, "--out", tmp_path / "run").code == 0
+    ran = foveate("report", tmp_path / "run")
+    assert ran.code == 0 and (tmp_path / "run" / "report.html").stat().st_size > 10_000
+    checkpoint = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert foveate("convert", checkpoint, tmp_path / "model").code == 0
+    assert foveate("ask", tmp_path / "model", png, "what ?", "--max-new-tokens", 1).code == 0
+    foveate("report", tmp_path).assert_user_error("metrics.jsonl")
+
+
 def test_train_writes_a_model_that_ask_takes(
     foveate: Callable[..., Ran], tiny_recipe_path: Path, tmp_path: Path, png: Path
 ) -> None:
@@ -218,11 +242,16 @@ def test_train_writes_a_model_that_ask_takes(
     foveate("train", tiny_recipe_path, "--out", tmp_path / "new", "--resume").assert_user_error("no whole checkpoint")
 
 
-def test_ctrl_c_stops_training_with_a_checkpoint(tiny_recipe_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "said"), [(signal.SIGINT, 130, "stopped"), (signal.SIGTERM, 0, "--resume goes on with")]
+)
+def test_signals_stop_training_with_a_checkpoint(
+    tiny_recipe_path: Path, tmp_path: Path, number: int, code: int, said: str
+) -> None:
     """Through the installed command, as a terminal does it: the signal goes to its whole process group."""
     command = [
         FOVEATE, "train", str(tiny_recipe_path), "stages.align.steps=100000", "checkpoint.every_steps=100000",
-        "tracking.wandb=offline", "--out", str(tmp_path / "run"),
+        "tracking.wandb=offline", "loader.workers=1", "--out", str(tmp_path / "run"),
     ]  # fmt: skip
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -233,15 +262,15 @@ def test_ctrl_c_stops_training_with_a_checkpoint(tiny_recipe_path: Path, tmp_pat
         while not (metrics.exists() and '"align"' in metrics.read_text()):
             assert time.monotonic() < deadline and process.poll() is None, process.communicate()
             time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, number)
         out, err = process.communicate(timeout=60)
     finally:
         if process.poll() is None:
             process.kill()
-    assert process.returncode == 130, err
-    assert err.splitlines()[-1] == "stopped"
+    assert process.returncode == code, err
+    assert said in (out + err).splitlines()[-1], out + err
     assert "Traceback" not in out + err
-    _, state = load_checkpoint(newest_checkpoint(tmp_path / "run" / "checkpoints"))
+    state = read_state(newest_checkpoint(tmp_path / "run" / "checkpoints"))
     assert state["stage"] == 1 and state["step"] == 5 + state["stage_step"] > 5
 
 

@@ -12,7 +12,7 @@ from .build import build_config
 from .engine import deepspeed_config
 from .optimizer import set_trainable
 from .recipe import LoraRecipe, Recipe, RecipeError, StageRecipe
-from .stages import make_loader, make_mixture
+from .stages import check_sources, make_loader, make_mixture
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ def dry_run(recipe: Recipe, processes: int = 1) -> list[StageCheck]:
     Raises:
         RecipeError, SourceError, TooManyBadError, ValueError: as training would raise them.
     """
+    check_sources(recipe)
     if recipe.engine != "torch":
         deepspeed_config(recipe.engine)
     config, processor = build_config(recipe.model)

@@ -35,7 +35,7 @@ from .engine import Engine, Micro, StepResult, make_engine, resolve_precision, s
 from .flops import peak_flops
 from .optimizer import learning_rate_scale, make_optimizer, set_learning_rates, set_trainable
 from .recipe import Recipe, RecipeError, StageRecipe
-from .stages import make_loader, make_objective
+from .stages import check_sources, make_loader, make_objective
 from .tracking import Tracker
 
 LINE_EVERY_S = 10.0  # of progress, where the output is no terminal
@@ -85,6 +85,7 @@ def train(
         KeyboardInterrupt: Ctrl-C came; the step in progress is done and saved in a checkpoint.
         Requeue: the same after SIGTERM or SIGUSR1.
     """
+    check_sources(recipe)
     with init_world(device) as world, _Interruption() as interruption:
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
@@ -122,7 +123,7 @@ def train(
                     loader.load_state_dict(state["loader"])
                 steps = _prefetched(loader, recipe, None if stage.steps is None else stage.steps - first)
                 display.stage(stage, first)
-                meter = _Meter(recipe, world, exact_flops=getattr(loader.cost, "exact", False))
+                meter = _Meter(recipe, stage, world, exact_flops=getattr(loader.cost, "exact", False))
                 if first:
                     meter.sums = state["meter"]
                 stage_step = first
@@ -322,8 +323,10 @@ def _summarise(summary: StageSummary, batch: Step, seconds: float) -> None:
 class _Meter:
     """Rates since the last line of metrics."""
 
-    def __init__(self, recipe: Recipe, world: World, exact_flops: bool):
+    def __init__(self, recipe: Recipe, stage: StageRecipe, world: World, exact_flops: bool):
         self.world = world
+        packs = stage.objective == "next_token"
+        self.capacity = stage.batch.micro_batches * stage.batch.rows * stage.batch.tokens if packs else None
         self.peak = (recipe.tracking.peak_flops or peak_flops(world.device)) if exact_flops else None
         self._clear()
 
@@ -361,6 +364,7 @@ class _Meter:
             "step_s": sums["seconds"] / sums["steps"],
             "data_wait": sums["waited"] / sums["seconds"],
             "packing_waste": 1 - sums["tokens"] / sums["positions"],
+            **({"row_fill": sums["tokens"] / sums["steps"] / self.capacity} if self.capacity else {}),
             "imbalance": sums["imbalance"] / sums["steps"],
             "memory_bytes": memory,
             **{f"lr_{group['part']}": group["lr"] for group in groups},

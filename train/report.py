@@ -13,10 +13,10 @@ import yaml
 from matplotlib import pyplot as plt
 from matplotlib.ticker import NullFormatter
 
-from ..eval.report import _png, html_page, html_table, image_tag
+from ..eval.report import html_page, html_table, image_tag, png
 from .checkpoint import is_whole, read_state
 from .loop import FINISHED
-from .tracking import _lines, read_metrics
+from .tracking import read_lines, read_metrics
 
 LISTED_AT_MOST = 50  # refused documents
 GIGABYTE = 1e9
@@ -196,7 +196,7 @@ def _picture(lines: Sequence[Line], panels: Sequence[Panel]) -> bytes:
             axes.legend(fontsize=7)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_axis_off()
-    return _png(figure)
+    return png(figure)
 
 
 def _draw(axes: Any, lines: Sequence[Line], panel: Panel, label: str, metric: str) -> list[float]:
@@ -218,7 +218,7 @@ def _draw(axes: Any, lines: Sequence[Line], panel: Panel, label: str, metric: st
 
 def _refused(run: Path) -> str:
     """How many documents were refused for which reason, and the first of them."""
-    refused = _lines(run, "bad_documents")
+    refused = read_lines(run, "bad_documents")
     if not refused:
         return "<p>None.</p>"
     counts = html_table(("reason", "documents"), Counter(line["reason"] for line in refused).most_common())

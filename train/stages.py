@@ -26,11 +26,23 @@ LOGITS_TOKENS = 1024  # positions whose logits are held at a time
 Split = Literal["train", "validation"]
 
 
+def check_sources(recipe: Recipe) -> None:
+    """Raises RecipeError where a source that a stage names has no path yet."""
+    for stage in recipe.stages:
+        for data in stage.data:
+            if isinstance(data, SourceData) and recipe.sources[data.source].path is None:
+                about = recipe.sources[data.source].about
+                raise RecipeError(
+                    f"sources.{data.source}.path is not filled in{f' ({about})' if about else ''}; accepted: shards, "
+                    f"JSON, JSON lines or a dataset on disk, for example sources.{data.source}.path=/data/{data.source}"
+                )
+
+
 def open_data(recipe: Recipe, data: GlyphData | SourceData, processor: FoveateProcessor, part: Split) -> Source:
     """One entry of a stage's data.
 
     Raises:
-        RecipeError: the source has no path yet.
+        RecipeError: the validation fraction leaves nothing.
         SourceError: nothing that can be read lies at the path.
     """
     if isinstance(data, GlyphData):
@@ -39,12 +51,7 @@ def open_data(recipe: Recipe, data: GlyphData | SourceData, processor: FoveatePr
             fields |= {"split": "dev", "documents": None}
         return GlyphSource(processor=processor, seed=recipe.seed, **fields)
     found = recipe.sources[data.source]
-    if found.path is None:
-        about = f" ({found.about})" if found.about else ""
-        raise RecipeError(
-            f"sources.{data.source}.path is not filled in{about}; accepted: shards, JSON, JSON lines or a dataset on "
-            f"disk, for example sources.{data.source}.path=/data/{data.source}"
-        )
+    assert found.path is not None, "check_sources comes first"
     source = open_source(processor=processor, **found.model_dump(exclude={"about"}))
     if recipe.validation is None:
         return source

@@ -2,6 +2,9 @@
 
 import json
 import uuid
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self, TextIO
@@ -31,7 +34,7 @@ class Tracker:
         self.run: wandb.Run | None = None
         if not active:
             return
-        for name in ("metrics", *(file for file in ("documents", "bad_documents") if _lines(folder, file))):
+        for name in ("metrics", *(file for file in ("documents", "bad_documents") if read_lines(folder, file))):
             self._open(name)
         if recipe.tracking.wandb != "disabled":
             self.run = wandb.init(
@@ -48,8 +51,9 @@ class Tracker:
     def log(self, metrics: dict[str, Any]) -> None:
         """Writes one line; `step` is among the metrics."""
         self._write("metrics", metrics)
-        if self.run:
-            self.run.log(metrics, step=metrics["step"])
+        with self._wandb_may_fail():
+            if self.run:
+                self.run.log(metrics, step=metrics["step"])
 
     def documents(self, step: int, batch: Step) -> None:
         """Writes the step's documents, and those that could not be used."""
@@ -67,7 +71,7 @@ class Tracker:
 
     def _open(self, name: str) -> None:
         path = self.folder / f"{name}.jsonl"
-        kept = [line for line in _lines(self.folder, name) if line["step"] <= self.resume_step]
+        kept = [line for line in read_lines(self.folder, name) if line["step"] <= self.resume_step]
         aside = path.with_suffix(".writing")  # so that a kill here loses no line
         aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
         aside.replace(path)
@@ -79,8 +83,18 @@ class Tracker:
     def __exit__(self, failure: object, *_: object) -> None:
         for file in self.files.values():
             file.close()
-        if self.run:
-            self.run.finish(exit_code=1 if failure else 0)
+        with self._wandb_may_fail():
+            if self.run:
+                self.run.finish(exit_code=1 if failure else 0)
+
+    @contextmanager
+    def _wandb_may_fail(self) -> Iterator[None]:
+        """wandb's own process can be ended by a signal to all; that must not end a run, which has its lines anyway."""
+        try:
+            yield
+        except (wandb.Error, OSError) as error:
+            warnings.warn(f"wandb is gone ({error}); metrics go to metrics.jsonl alone", stacklevel=3)
+            self.run = None
 
 
 def _run_id(folder: Path) -> str:
@@ -92,11 +106,12 @@ def _run_id(folder: Path) -> str:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`; a last line cut short by a kill is left out."""
-    return _lines(folder, "metrics")
+    """The lines of a run's `metrics.jsonl`."""
+    return read_lines(folder, "metrics")
 
 
-def _lines(folder: Path, name: str) -> list[dict[str, Any]]:
+def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The lines of a run's `<name>.jsonl`; a last line cut short by a kill is left out."""
     path = folder / f"{name}.jsonl"
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:

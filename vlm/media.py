@@ -103,6 +103,8 @@ def _reading(name: str) -> Iterator[None]:
         yield
     except (MediaError, ImportError, MemoryError):
         raise
+    except Image.DecompressionBombError as error:
+        raise MediaLimitError(f"{name}: {error}") from error
     except UnidentifiedImageError as error:
         raise MediaError(f"{name}: not an image in one of the formats {', '.join(IMAGE_FORMATS)}") from error
     except Exception as error:
@@ -577,7 +579,7 @@ def _pyav_frames(video: _VideoFile, chosen: np.ndarray, size: tuple[int, int] | 
     for key, frame in video.decode(list(row_of)):
         _check_pixels(frame.width, frame.height, video.name, video.limits)
         a, b, c, d = _display_matrix(frame)
-        pixels = frame.to_ndarray(format="rgb24")
+        pixels = frame.to_ndarray(format="rgb24", threads=1)
         pixels = _resized(pixels[::d, ::a] if a else pixels.swapaxes(0, 1)[::b, ::c], size)
         if frames is None:
             frames = np.empty((len(row_of), *pixels.shape), np.uint8)

@@ -253,6 +253,27 @@ def test_offsets_into_another_shard_of_the_same_end_are_noticed(tmp_path: Path) 
     assert [outcome(Shards(path), i) for i in range(2)] == ["truncated_shard", "truncated_shard"]
 
 
+def test_offsets_that_join_documents_are_noticed(tmp_path: Path) -> None:
+    files = pages(5)
+    path = write_tar(tmp_path / "a.tar", files)
+    with open(offsets_path(path), "wb") as file:
+        np.save(file, np.delete(scan_offsets(path)[0], 2))
+    assert [outcome(Shards(path), i) for i in (0, 1, 2)] == [
+        expected_documents(files)[0], "truncated_shard", expected_documents(files)[3],
+    ]  # fmt: skip
+
+
+def test_offsets_of_another_shard_of_as_many_documents_are_not_used(tmp_path: Path) -> None:
+    files = pages(5)
+    path = write_tar(tmp_path / "a.tar", files)
+    index_folder(tmp_path)
+    (tmp_path / "other").mkdir()
+    other = write_tar(tmp_path / "other" / "a.tar", pages(5, images=1))
+    write_offsets(other)
+    shutil.copy(offsets_path(other), offsets_path(path))
+    assert [outcome(Shards(tmp_path), i) for i in range(5)] == expected_documents(files)
+
+
 def test_no_document_is_in_an_empty_tar(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [])
     assert write_offsets(path).tolist() == [0]
@@ -287,6 +308,20 @@ def test_whole_documents_before_a_cut_are_read(tmp_path: Path, kept: str) -> Non
         else:  # where the next header is gone, nothing tells that the last document is whole
             is_told = any(start < cut for start in starts[before : before + 1] if cut - start >= 512) and before < 6
             assert found == (documents[:before] if is_told else documents[: before - 1]) + ["truncated_shard"]
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_cut_between_a_name_and_its_header_is_noticed(tmp_path: Path, format: int) -> None:
+    folder = "a-folder/" * 14
+    files = [(f"{folder}{i}.txt", bytes([i]) * 700) for i in range(3)]
+    path = write_tar(tmp_path / "a.tar", files, format)
+    whole, end = path.read_bytes(), int(scan_offsets(path)[0][-1])
+    for cut in range(512, end + 512, 512):
+        path.write_bytes(whole[:cut])
+        shards = Shards(path)
+        *before, last = [outcome(shards, i) for i in range(shards.documents)]
+        assert before == [{"txt": data} for _, data in files[: len(before)]]
+        assert last == "truncated_shard"
 
 
 def test_a_tar_cut_to_nothing_is_one_document_that_cannot_be_read(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Sources: what lies on disk as documents by number, and nothing else."""
 
-import gc
 import io
 import json
 import pickle
@@ -78,7 +77,6 @@ def check_contract(source: Source) -> None:
     assert [document.key for document in documents] == [source.key(i) for i in range(source.documents)]
     assert documents_of(source) == documents
     assert documents_of(pickle.loads(pickle.dumps(source))) == documents
-    gc.collect()  # threads of decoded frames (swscale's) must not be waited for in a fork
     loader = torch.utils.data.DataLoader(
         range(source.documents), batch_size=None, num_workers=2, collate_fn=source.document,
         multiprocessing_context="fork", timeout=60,
@@ -215,7 +213,7 @@ def test_an_image_of_100_000_pixels_square_is_refused(tmp_path: Path, chatml_pro
     with pytest.raises(DocumentError, match=r"10000000000 pixels|100000x100000") as caught:
         encode(ShardSource(tmp_path, chatml_processor).document(0), chatml_processor)
     assert caught.value.key == "a.tar/0"
-    assert caught.value.reason in ("too_large", "unreadable_media")
+    assert caught.value.reason == "too_large"
 
 
 # JSON files
@@ -610,13 +608,15 @@ def test_a_subset_file_comes_back(tmp_path: Path) -> None:
 
 
 def test_a_damaged_subset_file_is_refused(tmp_path: Path) -> None:
-    np.save(tmp_path / "object.npy", np.array([1, None], dtype=object))
+    touched = tmp_path / "touched"
+    np.save(tmp_path / "object.npy", np.array([_Touches(touched)], dtype=object))
     (tmp_path / "cut.npy").write_bytes((tmp_path / "object.npy").read_bytes()[:60])
     (tmp_path / "cut.json").write_text('{"format": "foveate-subset-1", "indices": [1, 2')
     (tmp_path / "other.json").write_text("[1, 2]")
     for name in ("object.npy", "cut.npy", "cut.json", "other.json", "missing.json", "missing.npy"):
         with pytest.raises(SourceError, match=f"{name}: .*accepted"):
             read_subset(tmp_path / name, 8)
+    assert not touched.exists()
 
 
 def split_mix(seed: int, count: int) -> list[int]:
@@ -722,6 +722,7 @@ def test_what_cannot_be_opened_is_named_with_what_can(
     with pytest.raises(SourceError) as caught:
         open_source(path, chatml_processor)
     assert named.split("-{")[0] in str(caught.value)
+    assert "nothing is downloaded" in str(caught.value) or "/" not in named
     assert "accepted: " in str(caught.value)
 
 
