@@ -26,6 +26,7 @@ from .packing import Batch, Packer, RowFacts, Waiting, choose_rows
 CHUNK = 4  # documents a worker reads at a time
 SURELY_SEEN = 1000  # documents on which `max_bad_fraction` is judged at least
 NAMED_AT_MOST = 20  # documents in the error
+GRACE_S = 20  # that a worker lives on after SIGTERM, for the trainer to end its step
 PATIENCE = 64  # steps that a packed row waits at most for rows that cost as much
 
 
@@ -472,8 +473,9 @@ def _unchanged(items: Any) -> Any:
 def _begin_worker(worker: int) -> None:
     """Signals to the process group reach workers too, but it is the trainer that ends them; and they end when it was
     killed, also where one waits for room in a queue that nobody reads any more."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(GRACE_S, os._exit, (1,)).start())
     trainer = os.getppid()
 
     def watch() -> None:

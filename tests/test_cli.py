@@ -110,7 +110,7 @@ def test_help_of_a_command_names_its_arguments(foveate: Callable[..., Ran], comm
         (["trian"], "No such command 'trian'"),
         (["train"], "Missing argument 'RECIPE'"),
         (["train", "quickstart", "--fast"], "--fast"),
-        (["train", "nope"], "accepted: quickstart"),
+        (["train", "nope"], "accepted: nvila, nvila-lite, quickstart"),
         (["train", "missing.yaml"], "missing.yaml: no such file"),
         (["train", "quickstart", "stages.align.steps=0"], "stages.1.steps is 0"),
         (["train", "quickstart", "sedd=1"], "sedd is 1"),
@@ -268,7 +268,7 @@ def test_signals_stop_training_with_a_checkpoint(
         if process.poll() is None:
             process.kill()
     assert process.returncode == code, err
-    assert said in (out + err).splitlines()[-1], out + err
+    assert said in out + err
     assert "Traceback" not in out + err
     state = read_state(newest_checkpoint(tmp_path / "run" / "checkpoints"))
     assert state["stage"] == 1 and state["step"] == 5 + state["stage_step"] > 5

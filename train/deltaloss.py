@@ -121,8 +121,8 @@ def _row_losses(
 def scores(small: np.ndarray, large: np.ndarray) -> np.ndarray:
     """log(p_large / p_small) a token, float64 [documents]; NaN where a document can't be used or carries no loss.
 
-    The paper leaves open how answers of different lengths compare. Here a score is a mean over tokens: a sum would rank
-    by length. Where the models' tokenizers differ, the large one's tokens are counted.
+    A score is a mean over tokens: a sum would rank by length. Where the models' tokenizers differ, the large one's
+    tokens are counted.
 
     Args:
         small, large: what `document_losses` gave for the two models.

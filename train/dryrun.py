@@ -84,8 +84,10 @@ def _without_lora(stage: StageRecipe) -> dict:
 
 def print_checks(checks: list[StageCheck], console: Console) -> None:
     """A table of what `dry_run` found."""
-    table = Table("stage", "length", "documents", "trained", "micro-batches", "tokens", "with loss", "tiles", "waste")
-    table.add_column("bad")
+    table = Table(box=None)
+    table.add_column("stage", min_width=max(len(check.name) for check in checks))
+    for name in ("length", "documents", "trained", "micro", "tokens", "loss", "tiles", "waste", "bad"):
+        table.add_column(name, justify="right")
     for check in checks:
         table.add_row(
             check.name,

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -106,6 +107,7 @@ def train(
             Tracker(out, recipe, step, active=world.rank == 0) as tracker,
             _Display(console, active=world.rank == 0) as display,
             _writer(recipe, out, world) as writer,
+            ExitStack() as resources,
         ):
             for number in range(state["stage"], len(recipe.stages)):
                 stage = recipe.stages[number]
@@ -121,7 +123,8 @@ def train(
                         engine.load_state_tensors(saved.of_engine())
                         load_rng_tensors(saved, world.rank)
                     loader.load_state_dict(state["loader"])
-                steps = _prefetched(loader, recipe, None if stage.steps is None else stage.steps - first)
+                ahead = _prefetched(loader, recipe, None if stage.steps is None else stage.steps - first)
+                steps = resources.enter_context(closing(ahead))
                 display.stage(stage, first)
                 meter = _Meter(recipe, stage, world, exact_flops=getattr(loader.cost, "exact", False))
                 if first:
@@ -167,7 +170,7 @@ def train(
                     batch = upcoming
                 if batch is None:
                     raise RecipeError(f"stages.{stage.name}: its data hold no document; accepted: one at least")
-                loader.close()
+                resources.close()
                 engine.close()
                 model.float()
                 if adapters:

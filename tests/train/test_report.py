@@ -88,7 +88,7 @@ def add_checkpoint(run: Path, step: int, whole: bool = True, **state: Any) -> No
 def diagrams(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """Title of each diagram that is drawn → label → points."""
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    save = report._png
+    save = report.png
 
     def note(figure: Any) -> bytes:
         for axes in figure.axes:
@@ -100,7 +100,7 @@ def diagrams(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, list[tuple[
             found[axes.get_title(loc="left")] = curves
         return save(figure)
 
-    monkeypatch.setattr(report, "_png", note)
+    monkeypatch.setattr(report, "png", note)
     return found
 
 
