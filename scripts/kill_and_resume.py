@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import io
 import json
+import logging
 import os
 import random
 import signal
@@ -31,6 +32,8 @@ from foveate.data.glyphs import GlyphSource, glyph_tokenizer
 from foveate.eval.report import run_facts
 from foveate.train import loop
 from foveate.train.recipe import Recipe, load_recipe
+
+logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 DOCUMENTS = 60  # a shard
 RANKS, WORKERS, EPOCHS = 2, 2, 8
