@@ -1,16 +1,15 @@
 """A document to a sample: token ids, labels, and the pixels of its media."""
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-from PIL import Image as PILImage
 
-from ..vlm.media import MediaError, MediaLimitError, MediaLimits, load_image, load_video
-from ..vlm.media import Video as DecodedVideo
-from ..vlm.processor import FoveateProcessor
-from ..vlm.tiling import to_tiles
+from ..vlm.media import MediaError, MediaLimitError, MediaLimits
+from ..vlm.processor import BudgetError, FoveateProcessor, MediaTiles, VideoSource
 from .document import Document, DocumentError, Image, Text, Video
 
 IGNORE = -100
@@ -21,15 +20,23 @@ class Sample:
     """A document as a model reads it.
 
     `input_ids` and `labels` are int64 [tokens]; a label stands at its own token (shifted by the model) and is -100
-    where no loss falls, at the first token always, so that nothing is predicted across documents. `images` and
-    `frames` are uint8 [tiles, height, width, 3].
+    where no loss falls, at the first token always, so that nothing is predicted across documents.
     """
 
     key: str
     input_ids: np.ndarray
     labels: np.ndarray
-    images: np.ndarray
-    frames: np.ndarray
+    media: MediaTiles
+
+    @property
+    def images(self) -> np.ndarray:
+        """Tiles of its images, uint8 [tiles, height, width, 3]."""
+        return self.media.images
+
+    @property
+    def frames(self) -> np.ndarray:
+        """Tiles of its videos' frames, uint8 [tiles, height, width, 3]."""
+        return self.media.frames
 
     @property
     def tokens(self) -> int:
@@ -42,7 +49,7 @@ class Sample:
 
     @property
     def tiles(self) -> int:
-        """What the tower has to encode, in tiles."""
+        """What the tower has to encode, in tiles (with tiling `native` in patches)."""
         return len(self.images) + len(self.frames)
 
 
@@ -52,11 +59,11 @@ def encode(document: Document, processor: FoveateProcessor, limits: MediaLimits 
     Raises:
         DocumentError: a medium can't be read, the document has no tokens, or its text holds a media placeholder.
     """
-    limits = limits or MediaLimits()
+    with _naming(document.key):
+        media = _read(document, processor, limits or MediaLimits())
+    texts = {Image: iter(media.image_texts), Video: iter(media.video_texts)}
     text = ""
     spans: list[tuple[int, int]] = []  # characters on which loss falls
-    images: list[PILImage.Image] = []
-    frames: list[np.ndarray] = []
     for part in document.parts:
         if isinstance(part, Text):
             if processor.image_token in part.text or processor.video_token in part.text:
@@ -66,15 +73,8 @@ def encode(document: Document, processor: FoveateProcessor, limits: MediaLimits 
             if part.loss:
                 spans.append((len(text), len(text) + len(part.text)))
             text += part.text
-        elif isinstance(part, Image):
-            with _naming(document.key):
-                images.append(load_image(part.source, limits))
-            text += processor.image_text()
         else:
-            with _naming(document.key):
-                clip = _frames(part, processor, limits)
-            frames.extend(clip)
-            text += processor.video_text(len(clip))
+            text += next(texts[type(part)])
     encoded = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     input_ids = np.asarray(encoded["input_ids"], dtype=np.int64)
     if not len(input_ids):
@@ -87,27 +87,30 @@ def encode(document: Document, processor: FoveateProcessor, limits: MediaLimits 
         inside = (offsets[:, 0] < end) & (offsets[:, 1] > start)
         labels[inside] = input_ids[inside]
     labels[0] = IGNORE
-    return Sample(
-        document.key,
-        input_ids,
-        labels,
-        to_tiles(images, processor.image_size, processor.resample),
-        to_tiles(frames, processor.video_size, processor.resample),
-    )
+    return Sample(document.key, input_ids, labels, replace(media, image_texts=(), video_texts=()))
 
 
-def _frames(video: Video, processor: FoveateProcessor, limits: MediaLimits) -> np.ndarray:
-    """The frames to read, uint8 [frames, height, width, 3]: files are sampled, frames given as such all kept."""
-    source, count = video.source, video.num_frames
-    if isinstance(source, DecodedVideo):
-        return source.frames
-    if count is None:
-        if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape[3:] == (3,) and len(source):
-            return source
-        if not isinstance(source, np.ndarray | list | tuple):
-            count = processor.num_frames
-    size = processor.video_size if processor.resample == PILImage.Resampling.BICUBIC else None  # as in the processor
-    return load_video(source, num_frames=count, size=size, backend=processor.video_backend, limits=limits).frames
+def media_of(document: Document) -> tuple[list[Any], list[VideoSource]]:
+    """A document's images and videos, as `FoveateProcessor.read_media` takes them."""
+    images = [part.source for part in document.parts if isinstance(part, Image)]
+    return images, [VideoSource(part.source, part.num_frames) for part in document.parts if isinstance(part, Video)]
+
+
+def _read(document: Document, processor: FoveateProcessor, limits: MediaLimits) -> MediaTiles:
+    images, videos = media_of(document)
+    queries = drawn_queries(document.key, processor)
+    return processor.read_media([images], [videos], query_tokens=queries, limits=limits)[0]
+
+
+def drawn_queries(key: str, processor: FoveateProcessor) -> int | None:
+    """How many tokens a tile becomes in this document, with projector `resampler`: drawn by the document's key, so that
+    all numbers are trained (Matryoshka Query Transformer, arXiv 2405.19315, section 3).
+    """
+    if processor.query_tokens is None:
+        return None
+    powers = [2**power for power in range(processor.query_tokens.bit_length())]
+    choices = processor.train_queries or sorted({*powers, processor.query_tokens})
+    return choices[zlib.crc32(key.encode()) % len(choices)]
 
 
 @contextmanager
@@ -117,3 +120,5 @@ def _naming(key: str) -> Iterator[None]:
     except MediaError as error:
         reason = "too_large" if isinstance(error, MediaLimitError) else "unreadable_media"
         raise DocumentError(key, reason, str(error)) from error
+    except BudgetError as error:
+        raise DocumentError(key, "too_long", str(error)) from error

@@ -10,11 +10,11 @@ import numpy as np
 from PIL import Image as PILImage
 from transformers import PreTrainedTokenizerBase
 
-from ..vlm.media import MediaLimits, load_image, load_video
-from ..vlm.media import Video as DecodedVideo
+from ..vlm.media import MediaLimits
 from ..vlm.processor import FoveateProcessor
+from ..vlm.tiling import ImagePlan, merge_tiles
 from .document import Document, DocumentError, Image, Video
-from .encoding import IGNORE, Sample, encode
+from .encoding import IGNORE, Sample, drawn_queries, encode, media_of
 from .sources import Source
 
 FIRST_OF_ENDLESS = 10_000  # an endless source's documents that are drawn from
@@ -100,44 +100,41 @@ class _Medium:
     """An image or a video as the model sees it."""
 
     kind: str  # "image" or "video"
-    tiles: np.ndarray  # uint8 [tiles, height, width, 3]
-    captions: list[str]  # of each tile
+    pictures: list[np.ndarray]  # uint8 [height, width, 3]: an image's tiles, a video's frames
+    captions: list[str]  # of each picture
+    tokens: int  # its placeholders
 
 
 def _media(document: Document, sample: Sample, limits: MediaLimits, processor: FoveateProcessor) -> list[_Medium]:
     """The document's media in reading order, with the sample's tiles."""
-    media = []
-    images = frames = 0
-    for part in document.parts:
-        if isinstance(part, Image):
-            width, height = load_image(part.source, limits).size
-            tile = sample.images[images : images + 1]
-            given, seen = f"{width}×{height}", f"{tile.shape[2]}×{tile.shape[1]}"
-            media.append(_Medium("image", tile, [seen if seen == given else f"{given} → {seen}"]))
-            images += 1
-        elif isinstance(part, Video):
-            captions = _frame_captions(part, processor, limits)
-            media.append(_Medium("video", sample.frames[frames : frames + len(captions)], captions))
-            frames += len(captions)
-    return media
+    images, videos = media_of(document)
+    queries = drawn_queries(document.key, processor)
+    plan = processor.plan(images, videos, query_tokens=queries, limits=limits)
+    pictures, start = [], 0
+    for one, (height, width) in zip(plan.images, sample.media.image_sizes.tolist(), strict=True):
+        tiles = sample.images[start : start + one.tiles]
+        start += one.tiles
+        pictures.append(_image(one, tiles, f"{width}×{height}", native=processor.tiling == "native"))
+    clips, start = [], 0
+    for video, part in zip(plan.videos, videos, strict=True):
+        each = video.grid[0] * video.grid[1]
+        tiles = sample.frames[start : start + each * video.frames]
+        start += len(tiles)
+        frames = [merge_tiles(tiles[i : i + each], video.grid) for i in range(0, len(tiles), each)]
+        timed = not isinstance(part.source, np.ndarray | list | tuple)
+        captions = [f"{time:.2f} s" if timed else f"frame {time + 1:.0f}" for time in video.times_s]
+        clips.append(_Medium("video", frames, captions, video.tokens))
+    of_kind = {Image: iter(pictures), Video: iter(clips)}
+    return [next(of_kind[type(part)]) for part in document.parts if isinstance(part, Image | Video)]
 
 
-def _frame_captions(video: Video, processor: FoveateProcessor, limits: MediaLimits) -> list[str]:
-    """When each frame that `encode` takes is shown; its number where frames were given without a clock."""
-    source, count = video.source, video.num_frames
-    if isinstance(source, DecodedVideo):
-        return [f"{time:.2f} s" for time in source.timestamps_s]
-    if isinstance(source, np.ndarray | list | tuple):
-        clip = load_video(source, num_frames=count, limits=limits)
-        return [f"frame {time + 1:.0f}" for time in clip.timestamps_s]
-    clip = load_video(
-        source,
-        num_frames=count or processor.num_frames,
-        size=processor.video_size,
-        backend=processor.video_backend,
-        limits=limits,
-    )
-    return [f"{time:.2f} s" for time in clip.timestamps_s]
+def _image(plan: ImagePlan, tiles: np.ndarray, size: str, native: bool) -> _Medium:
+    shown = [merge_tiles(tiles, plan.grid)] if native else list(tiles)
+    seen = f"{shown[0].shape[1]}×{shown[0].shape[0]}"
+    captions = [f"tile {number} of {len(shown)}" for number in range(1, len(shown) + 1)]
+    first = seen if seen == size else f"{size} → {seen}"
+    captions[0] = first if len(shown) == 1 else f"{first}, {captions[0]}"
+    return _Medium("image", shown, captions, plan.tokens)
 
 
 def _figure(tile: np.ndarray, caption: str) -> str:
@@ -157,10 +154,11 @@ def _figure(tile: np.ndarray, caption: str) -> str:
 
 
 def _medium_html(medium: _Medium, tokens: int) -> str:
-    frames = f" of {len(medium.tiles):,} frames" if medium.kind == "video" else ""
-    chosen = np.linspace(0, len(medium.tiles) - 1, min(MAX_FRAMES, len(medium.tiles))).round().astype(int).tolist()
-    figures = "".join(_figure(medium.tiles[i], medium.captions[i]) for i in chosen)
-    left_out = len(medium.tiles) - len(chosen)
+    count = len(medium.pictures)
+    frames = f" of {count:,} frames" if medium.kind == "video" else ""
+    chosen = np.linspace(0, count - 1, min(MAX_FRAMES, count)).round().astype(int).tolist()
+    figures = "".join(_figure(medium.pictures[i], medium.captions[i]) for i in chosen)
+    left_out = count - len(chosen)
     more = f'<span class="more">{left_out:,} frames in between are not shown</span>' if left_out else ""
     label = f"⟨{medium.kind}{frames}: {tokens:,} tokens⟩"
     return f'<div class="medium"><span class="placeholder">{label}</span><div>{figures}{more}</div></div>'
@@ -220,8 +218,7 @@ def _placeholders(
     at = 0
     for medium in media:
         token = processor.image_token_id if medium.kind == "image" else processor.video_token_id
-        each = processor.tokens_per_image() if medium.kind == "image" else processor.tokens_per_frame()
-        left = each * len(medium.tiles)
+        left = medium.tokens
         while ids[at] != token:
             at += 1
         start = at

@@ -2,23 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from ..vlm.processor import FoveateProcessor
-from ..vlm.tiling import normalise
 from .encoding import IGNORE, Sample
-
-
-class Tiled(Protocol):
-    """What has tiles, uint8 [tiles, height, width, 3] each."""
-
-    @property
-    def images(self) -> np.ndarray: ...
-    @property
-    def frames(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -119,7 +108,7 @@ class Batch:
     """Packed rows as tensors.
 
     `inputs` holds what the model's `forward` takes: `input_ids`, `position_ids` and `labels` [rows, tokens],
-    `pixel_values` and `pixel_values_videos` where there are media. Position ids restart at every document, and no
+    and where there are media what `FoveateProcessor.media_inputs` gives. Position ids restart at every document, and no
     attention mask is given: that is how transformers' masks and flash-attention's varlen kernels are told that
     documents don't see each other.
     """
@@ -169,7 +158,7 @@ def collate(rows: Sequence[Sequence[Sample]], processor: FoveateProcessor, raw_p
         "position_ids": torch.from_numpy(position_ids),
         "labels": torch.from_numpy(labels),
     }
-    inputs |= pixel_inputs(samples, processor, raw_pixels)
+    inputs |= processor.media_inputs([sample.media for sample in samples], raw_pixels)
     return Batch(
         inputs,
         tuple(s.key for s in samples),
@@ -177,19 +166,3 @@ def collate(rows: Sequence[Sequence[Sample]], processor: FoveateProcessor, raw_p
         tuple(s.tiles for s in samples),
         sum(s.loss_tokens for s in samples),
     )
-
-
-def pixel_inputs(samples: Sequence[Tiled], processor: FoveateProcessor, raw: bool = False) -> dict[str, torch.Tensor]:
-    """The samples' pixels as `pixel_values` and `pixel_values_videos`, where there are any; see `collate`."""
-    inputs = {}
-    for name, tiles in (
-        ("pixel_values", [s.images for s in samples if len(s.images)]),
-        ("pixel_values_videos", [s.frames for s in samples if len(s.frames)]),
-    ):
-        if tiles:
-            together = np.concatenate(tiles)
-            if raw:
-                inputs[name] = torch.from_numpy(together)
-            else:
-                inputs[name] = normalise(together, processor.image_mean, processor.image_std)
-    return inputs

@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from ..vlm.media import MediaLimits
-from ..vlm.processor import FoveateProcessor
+from ..vlm.processor import FoveateProcessor, MediaTiles
 from .document import Document, Text
 from .encoding import Sample, encode
-from .packing import Batch, pixel_inputs
+from .packing import Batch
 
 
 @dataclass(frozen=True)
@@ -18,8 +17,7 @@ class RegionSample:
     """A document's tiles and its regions' texts, in raster order and frame by frame."""
 
     key: str
-    images: np.ndarray  # uint8 [tiles, height, width, 3]
-    frames: np.ndarray
+    media: MediaTiles
     texts: tuple[str, ...]
 
     @property
@@ -33,7 +31,7 @@ class RegionSample:
 
     @property
     def tiles(self) -> int:
-        return len(self.images) + len(self.frames)
+        return len(self.media.images) + len(self.media.frames)
 
 
 def encode_regions(document: Document, processor: FoveateProcessor, limits: MediaLimits | None = None) -> RegionSample:
@@ -41,7 +39,7 @@ def encode_regions(document: Document, processor: FoveateProcessor, limits: Medi
     medium, *texts = document.parts
     sample: Sample = encode(Document(document.key, (medium,)), processor, limits)
     described = tuple(part.text for part in texts if isinstance(part, Text))
-    return RegionSample(document.key, sample.images, sample.frames, described)
+    return RegionSample(document.key, sample.media, described)
 
 
 def collate_regions(
@@ -52,7 +50,7 @@ def collate_regions(
     `inputs`: `pixel_values` and `pixel_values_videos`; `text_ids` and `text_mask` [texts, tokens], the texts that
     differ; `labels` [regions], the number of the text that describes each.
     """
-    samples = sorted((sample for row in rows for sample in row), key=lambda sample: len(sample.frames) > 0)
+    samples = sorted((sample for row in rows for sample in row), key=lambda sample: len(sample.media.frames) > 0)
     texts = [text for sample in samples for text in sample.texts]
     unique = sorted(set(texts))
     number = {text: i for i, text in enumerate(unique)}
@@ -64,7 +62,7 @@ def collate_regions(
         "input_ids": encoded["input_ids"],
     }
     return Batch(
-        inputs | pixel_inputs(samples, processor, raw_pixels),
+        inputs | processor.media_inputs([sample.media for sample in samples], raw_pixels),
         tuple(sample.key for sample in samples),
         tuple(sample.tokens for sample in samples),
         tuple(sample.tiles for sample in samples),

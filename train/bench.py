@@ -26,7 +26,7 @@ from ..data.packing import Batch, collate
 from ..eval.facts import result
 from ..vlm.config import FoveateConfig
 from ..vlm.model import FoveateForConditionalGeneration
-from ..vlm.processor import FoveateProcessor
+from ..vlm.processor import FoveateProcessor, MediaTiles
 from .acceleration import compile_model, enable_checkpointing
 from .distributed import init_world
 from .engine import Engine, Micro, make_engine, resolve_precision, shares_weights
@@ -170,7 +170,7 @@ class MadeUp:
         labels[0] = IGNORE
         size = (images, self.image_side, self.image_side, 3)
         pixels = rng.integers(0, 256, size, dtype=np.uint8)
-        return Sample(document.key, ids, labels, pixels, pixels[:0])
+        return Sample(document.key, ids, labels, MediaTiles(pixels, pixels[:0]))
 
 
 IMAGE_ID = 1

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoProcessor
 from ..data.glyphs import CHAT_TEMPLATE, FRAME_SEPARATOR, glyph_tokenizer
 from ..vlm.config import FoveateConfig
 from ..vlm.model import FoveateForConditionalGeneration, tower_config
-from ..vlm.processor import FoveateProcessor, add_media_tokens
+from ..vlm.processor import FoveateProcessor, add_media_tokens, model_fields
 from .adapters import Adapters, AdapterSettings, add_adapters, load_quantised, merge_adapters, quantize_llm
 from .checkpoint import CheckpointError, CheckpointTensors, is_whole, read_state
 from .distributed import World
@@ -28,9 +28,12 @@ def build_model(recipe: ModelRecipe) -> tuple[FoveateForConditionalGeneration, F
         model = FoveateForConditionalGeneration.from_pretrained(recipe.path, **loading)
         return model, AutoProcessor.from_pretrained(recipe.path)
     if isinstance(recipe.vision, str) and isinstance(recipe.text, str):
-        options: dict[str, Any] = {"projector": recipe.projector, "vision_feature_layer": recipe.vision_feature_layer}
-        model = FoveateForConditionalGeneration.from_parts(recipe.vision, recipe.text, **loading, **options)
-        return model, FoveateProcessor.from_parts(recipe.vision, recipe.text, model.config, **recipe.processor)
+        options = recipe.config_fields | loading
+        model = FoveateForConditionalGeneration.from_parts(recipe.vision, recipe.text, **options)
+        processor = FoveateProcessor.from_parts(recipe.vision, recipe.text, model.config, **recipe.processor)
+        if len(processor.tokenizer) > model.config.text_config.vocab_size:  # it has added time tokens
+            model.resize_token_embeddings(len(processor.tokenizer))
+        return model, processor
     config, processor = _from_scratch(recipe)
     model = FoveateForConditionalGeneration._from_config(config, attn_implementation=recipe.attn_implementation)
     with torch.no_grad():
@@ -47,8 +50,7 @@ def build_config(recipe: ModelRecipe) -> tuple[FoveateConfig, FoveateProcessor]:
     config = FoveateConfig(
         vision_config=tower_config(recipe.vision),
         text_config=AutoConfig.from_pretrained(recipe.text),
-        projector=recipe.projector,
-        vision_feature_layer=recipe.vision_feature_layer,
+        **recipe.config_fields,
     )
     return config, FoveateProcessor.from_parts(recipe.vision, recipe.text, config, **recipe.processor)
 
@@ -61,17 +63,13 @@ def _from_scratch(recipe: ModelRecipe) -> tuple[FoveateConfig, FoveateProcessor]
     config = FoveateConfig(
         vision_config=recipe.vision,
         text_config=recipe.text | tokens | {"vocab_size": len(tokenizer)},
-        projector=recipe.projector,
-        vision_feature_layer=recipe.vision_feature_layer,
         image_token_id=image_token_id,
         video_token_id=video_token_id,
+        **recipe.config_fields,
     )
-    processor = FoveateProcessor(
-        tokenizer,
-        patch_size=config.vision_config.patch_size,
-        downsample_factor=config.downsample_factor,
-        **({"chat_template": CHAT_TEMPLATE, "frame_separator": FRAME_SEPARATOR} | recipe.processor),
-    )
+    layout: dict[str, Any] = {"chat_template": CHAT_TEMPLATE, "frame_separator": FRAME_SEPARATOR}
+    processor = FoveateProcessor(tokenizer, **(model_fields(config) | layout | recipe.processor))
+    config.text_config.vocab_size = len(tokenizer)  # with time tokens, if the processor has added them
     return config, processor
 
 

@@ -2,9 +2,10 @@
 
 Counted are the matrix products that the model needs, 2·m·n·k each, of the documents' own tokens: no padding, no
 recomputation, no elementwise work. Attention is counted within documents, over the pairs that its mask lets through
-(n·(n + 1)/2 causal, a window's share where there is one, n² in the tower). The tower's layers after the one whose
-features are read, and its pooling head, are not needed. MFU and HFU are PaLM's (arXiv 2204.02311, appendix B), which
-counts full n² attention where this counts the causal half.
+(n·(n + 1)/2 causal, a window's share where there is one, n² within each tile of the tower, or each image of tiling
+`native`). The tower's layers after the one whose features are read, and its pooling head, are not needed; of projector
+`resampler` the queries' own layer, once a call, is left out. MFU and HFU are PaLM's (arXiv 2204.02311, appendix B),
+which counts full n² attention where this counts the causal half.
 """
 
 import math
@@ -19,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..vlm.config import FoveateConfig
 from ..vlm.model import FoveateForConditionalGeneration
+from ..vlm.resampler import Resampler
 
 EVERYTHING = ("tower", "projector", "llm")
 
@@ -89,7 +91,10 @@ class ModelFlops:
     tower_pair: float
     downsample_factor: int
     keeps_prefix: bool  # the projector reads the tower's prefix tokens too
-    projector: tuple[float, ...]  # its linear layers, in order
+    queries: int  # of projector `resampler`, for each tile; 0 with the others
+    projector_read: tuple[float, ...]  # its linear layers that run on every patch, in order: `resampler` alone
+    projector_pair: float  # its attention, a pair of query and patch
+    projector: tuple[float, ...]  # its linear layers that run on every token that it gives, in order
     projector_norm_first: bool
     llm_linear: float
     llm_lora: float
@@ -113,13 +118,20 @@ class ModelFlops:
         """
         config: Any = model.config
         vision, text = config.vision_config, config.text_config
-        tower_layers = _layers(model.vision_tower, vision)
-        needed = config.vision_feature_layer
-        needed = len(tower_layers) if needed is None else needed if needed >= 0 else len(tower_layers) + 1 + needed
+        tower_layers = transformer_layers(model.vision_tower, vision)
+        needed = layers_read(config, len(tower_layers))
         tower = [_layer_flops(layer, f"vision_config {vision.model_type}") for layer in tower_layers]
-        llm = [_layer_flops(layer, f"text_config {text.model_type}") for layer in _layers(model.language_model, text)]
+        llm_layers = transformer_layers(model.language_model, text)
+        llm = [_layer_flops(layer, f"text_config {text.model_type}") for layer in llm_layers]
         head: Any = model.get_output_embeddings()
-        sizes = [module for module in model.multi_modal_projector.layers if isinstance(module, nn.Linear)]
+        projector: Any = model.multi_modal_projector
+        resamples = isinstance(projector, Resampler)
+        read: list[Any] = []
+        if resamples:
+            read = [projector.from_vision, projector.to_key, projector.to_value]
+            layers = [projector.attended, projector.out]
+        else:
+            layers = [module for module in projector.layers if isinstance(module, nn.Linear)]
         return cls(
             patch_size=vision.patch_size,
             patch_embedding=_patch_embedding(model.vision_tower, vision),
@@ -129,8 +141,11 @@ class ModelFlops:
             tower_pair=4.0 * vision.hidden_size * needed,
             downsample_factor=config.downsample_factor,
             keeps_prefix=config.vision_feature_select_strategy == "full",
-            projector=tuple(2.0 * linear.in_features * linear.out_features for linear in sizes),
-            projector_norm_first=isinstance(model.multi_modal_projector.layers[0], nn.LayerNorm),
+            queries=projector.queries.num_embeddings if resamples else 0,
+            projector_read=tuple(2.0 * linear.in_features * linear.out_features for linear in read),
+            projector_pair=4.0 * text.hidden_size if resamples else 0.0,
+            projector=tuple(2.0 * linear.in_features * linear.out_features for linear in layers),
+            projector_norm_first=not resamples and isinstance(projector.layers[0], nn.LayerNorm),
             llm_linear=sum(own for own, _ in llm),
             llm_lora=sum(lora for _, lora in llm),
             llm_pair=4.0 * _attention_width(text),
@@ -141,20 +156,22 @@ class ModelFlops:
     def document(
         self,
         tokens: int,
-        tiles: Mapping[tuple[int, int], int] | None = None,
+        tiles: Mapping[tuple[int, int], float] | None = None,
         trains: Collection[str] = EVERYTHING,
         predicted: int | None = None,
+        blocks: Mapping[tuple[int, int], float] | None = None,
     ) -> float:
         """Operations that one document costs in training, as `step(…).model`."""
-        return self.step([tokens], tiles, trains, predicted).model
+        return self.step([tokens], tiles, trains, predicted, blocks=blocks).model
 
     def step(
         self,
         lengths: Sequence[int],
-        tiles: Mapping[tuple[int, int], int] | None = None,
+        tiles: Mapping[tuple[int, int], float] | None = None,
         trains: Collection[str] = EVERYTHING,
         predicted: int | None = None,
         checkpointing: Collection[str] = (),
+        blocks: Mapping[tuple[int, int], float] | None = None,
     ) -> StepFlops:
         """Operations of one optimiser step.
 
@@ -165,24 +182,25 @@ class ModelFlops:
 
         Args:
             lengths: tokens of each document.
-            tiles: number of tiles (images and frames) by their (height, width) in pixels.
+            tiles: number of tiles that the tower encodes (of images, all levels of them, and frames) by their (height,
+                width) in pixels; with tiling `native` an image or frame is one tile.
             trains: the parts that train (`recipe.PARTS`); `lora` means the adapters that the model had.
             predicted: positions of which the head computes logits; all tokens when None. `token_loss` computes only
                 those that predict something.
             checkpointing: parts whose layers' activations are recomputed, of `tower` and `llm`.
+            blocks: likewise the tiles whose features, joined over the scales of S², reach the projector; None where
+                that is every tile.
         """
         trains, tokens = set(trains), sum(lengths)
-        patches = tower_tokens = projected = tower_pairs = 0
-        for (height, width), count in (tiles or {}).items():
-            rows, columns = height // self.patch_size, width // self.patch_size
-            in_tile = rows * columns + self.prefix_tokens
-            patches += count * rows * columns
+        patches = tower_tokens = tower_pairs = 0.0
+        for size, count in (tiles or {}).items():
+            in_tile = self.encoded_tokens(size)
+            patches += count * self._patches(size)
             tower_tokens += count * in_tile
             tower_pairs += count * in_tile**2
-            if self.downsample_factor > 1:
-                projected += count * -(-rows // self.downsample_factor) * -(-columns // self.downsample_factor)
-            else:
-                projected += count * (in_tile if self.keeps_prefix else rows * columns)
+        blocks = (tiles or {}) if blocks is None else blocks
+        read = sum(count * self._patches(size) for size, count in blocks.items())
+        projected = sum(count * self.projected_tokens(size) for size, count in blocks.items())
         pairs = sum(_pairs(n, window) for n in lengths for window in self.windows)
         predicted = tokens if predicted is None else predicted
         reached = bool(trains & {"tower", "tower_norms"} or ("lora" in trains and self.tower_lora))
@@ -196,6 +214,10 @@ class ModelFlops:
             work.recomputed += tower_linear + tower_lora + tower_attention
 
         through = reached or ("projector" in trains and self.projector_norm_first)
+        for linear in self.projector_read:
+            work.add(linear * read, through, "projector" in trains)
+            through = through or "projector" in trains
+        work.add(self.projector_pair * self.queries * read, through, through)
         for linear in self.projector:
             work.add(linear * projected, through, "projector" in trains)
             through = reached or "projector" in trains
@@ -209,6 +231,22 @@ class ModelFlops:
             work.recomputed += llm_linear + llm_lora + llm_attention
         work.add(self.head * predicted, reached, bool(trains & {"llm", "llm_embeddings"}))
         return StepFlops(work.forward, work.backward, work.recomputed)
+
+    def encoded_tokens(self, size: tuple[int, int]) -> int:
+        """Tokens of the tower in a tile of (height, width) pixels."""
+        return self._patches(size) + self.prefix_tokens
+
+    def projected_tokens(self, size: tuple[int, int]) -> int:
+        """Tokens that the projector gives of a tile of (height, width) pixels."""
+        rows, columns = size[0] // self.patch_size, size[1] // self.patch_size
+        if self.queries:
+            return self.queries
+        if self.downsample_factor > 1:
+            return -(-rows // self.downsample_factor) * -(-columns // self.downsample_factor)
+        return rows * columns + (self.prefix_tokens if self.keeps_prefix else 0)
+
+    def _patches(self, size: tuple[int, int]) -> int:
+        return (size[0] // self.patch_size) * (size[1] // self.patch_size)
 
 
 class _Work:
@@ -228,14 +266,26 @@ def _pairs(tokens: int, window: int | None) -> int:
     return near * (near + 1) // 2 + (tokens - near) * near
 
 
-def _layers(module: nn.Module, config: Any) -> list[nn.Module]:
+def transformer_layers(module: nn.Module, config: Any) -> list[nn.Module]:
+    """A tower's or an LLM's layers.
+
+    Raises:
+        ValueError: they are not as many as the configuration says.
+    """
     layers: list[nn.Module] = [child for child in module.modules() if isinstance(child, GradientCheckpointingLayer)]
-    if len(layers) != config.num_hidden_layers:
+    said = getattr(config, "num_hidden_layers", None)
+    if len(layers) != said:
         raise ValueError(
-            f"{config.model_type} has {len(layers)} transformer layers where its num_hidden_layers is "
-            f"{config.num_hidden_layers}; accepted: models whose operations are in those layers"
+            f"{config.model_type} has {len(layers)} transformer layers where its num_hidden_layers is {said}; "
+            "accepted: models whose operations are in those layers"
         )
     return layers
+
+
+def layers_read(config: FoveateConfig, layers: int) -> int:
+    """How many of the tower's layers come before the features that are read."""
+    layer = config.vision_feature_layer
+    return layers if layer is None else layer if layer >= 0 else layers + 1 + layer
 
 
 def _layer_flops(layer: nn.Module, whose: str) -> tuple[float, float]:

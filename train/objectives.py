@@ -1,6 +1,6 @@
 """What a stage optimises: modules whose forward gives a micro-batch's share of the step's loss.
 
-A module runs the tower in every forward, on an empty tile where a micro-batch has no media: ranks that compute
+A module runs the tower in every forward, on an empty frame where a micro-batch has no media: ranks that compute
 different data so call the same modules and have gradients for the same parameters, as DDP and ZeRO-3 need.
 """
 
@@ -22,7 +22,7 @@ class NextToken(nn.Module):
 
     Args:
         model: what is trained.
-        processor: tells the size of an empty tile.
+        processor: tells the pixels' normalisation, and the size of an empty frame.
         chunks: parts in which the logits are computed, so that they are never held whole.
         same_calls: whether the tower is to be called once for images and once for frames in each forward, whatever the
             micro-batch holds, because the ranks share the tower's weights (ZeRO-3).
@@ -33,20 +33,18 @@ class NextToken(nn.Module):
     ):
         super().__init__()
         self.model, self.chunks, self.same_calls = model, chunks, same_calls
-        self.pixels = _Normalised(processor)
-        self.sizes = {"pixel_values": processor.image_size, "pixel_values_videos": processor.video_size}
+        self.encode = _Encoder(model, processor)
         self.fused = fusion_obstacle(model.language_model) is None
 
     def forward(self, inputs: Mapping[str, torch.Tensor], total: float) -> torch.Tensor:
         """The sum of the tokens' losses divided by `total`, the step's tokens that carry loss; inputs as of `Batch`."""
-        given = [name for name in PIXELS if name in inputs]
-        features = {name: self._features(inputs[name]) for name in given}
-        empty = [self._features(self._empty_tile(name, inputs)) for name in self._missing(given)]
+        given = {name: self.encode(name, inputs) for name in PIXELS if name in inputs}
+        empty = [self.encode.blank(inputs["input_ids"].device) for _ in range(self._missing(len(given)))]
         ids, positions, labels = (inputs[name] for name in ("input_ids", "position_ids", "labels"))
         embeds = self.model.get_inputs_embeds(
             input_ids=ids,
-            image_features=features.get("pixel_values"),
-            video_features=features.get("pixel_values_videos"),
+            image_features=given.get("pixel_values"),
+            video_features=given.get("pixel_values_videos"),
         )
         for unused in empty:
             embeds = embeds + 0 * unused.sum().to(embeds.dtype)
@@ -62,28 +60,37 @@ class NextToken(nn.Module):
         head = self.model.get_output_embeddings()
         return token_loss(decoded.last_hidden_state, head, labels, total, self.chunks)
 
-    def _missing(self, given: list[str]) -> list[str]:
-        """Kinds of pixels for which the tower runs on an empty tile."""
-        if self.same_calls:
-            return [name for name in PIXELS if name not in given]
-        return [] if given else ["pixel_values"]
-
-    def _empty_tile(self, name: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return torch.zeros(1, *self.sizes[name], 3, dtype=torch.uint8, device=inputs["input_ids"].device)
-
-    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """What the LLM reads of them, [tokens, D]."""
-        return self.model.get_image_features(self.pixels(pixels))["pooler_output"].flatten(0, 1)
+    def _missing(self, given: int) -> int:
+        """How often the tower runs on an empty frame."""
+        return len(PIXELS) - given if self.same_calls else int(not given)
 
 
-class _Normalised:
-    """Pixels as the tower takes them, of uint8 tiles or of pixels that are so already."""
+class _Encoder:
+    """What the LLM reads of a batch's images or frames; their pixels may be raw, uint8 tiles."""
 
-    def __init__(self, processor: FoveateProcessor):
-        self.mean, self.std = processor.image_mean, processor.image_std
+    def __init__(self, model: FoveateForConditionalGeneration, processor: FoveateProcessor):
+        self.model, self.processor = model, processor
 
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        return normalise_tensor(pixels, self.mean, self.std) if pixels.dtype == torch.uint8 else pixels
+    def __call__(self, name: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Features [tokens, D] of `pixel_values` or `pixel_values_videos`."""
+        pixels, kind = inputs[name], "image" if name == "pixel_values" else "video"
+        if pixels.dtype == torch.uint8:
+            pixels = normalise_tensor(pixels, self.processor.image_mean, self.processor.image_std)
+        grids, queries = inputs.get(f"{kind}_grids"), inputs.get(f"{kind}_queries")
+        if kind == "image":
+            return torch.cat(self.model.encode_images(pixels, grids, inputs.get("image_sizes"), queries))
+        return torch.cat(self.model.encode_videos(pixels, grids, queries))
+
+    def blank(self, device: torch.device) -> torch.Tensor:
+        """Features of an empty frame, the least that runs tower and projector once."""
+        height, width = self.processor.video_size
+        frames, rows, columns = 1, 1, 1
+        if self.processor.tiling == "native":  # one token's patches
+            height = width = self.processor.patch_size
+            frames, rows, columns = 1, self.processor.downsample_factor, self.processor.downsample_factor
+        pixels = torch.zeros(rows * columns, height, width, 3, dtype=torch.uint8, device=device)
+        grids = torch.tensor([[frames, rows, columns]])
+        return self("pixel_values_videos", {"pixel_values_videos": pixels, "video_grids": grids})
 
 
 class RegionText(nn.Module):
@@ -126,14 +133,10 @@ class RegionContrast(nn.Module):
 
     def __init__(self, model: FoveateForConditionalGeneration, processor: FoveateProcessor):
         super().__init__()
-        self.model, self.head, self.pixels = model, RegionText(), _Normalised(processor)
+        self.model, self.head, self.encode = model, RegionText(), _Encoder(model, processor)
 
     def forward(self, inputs: Mapping[str, torch.Tensor], total: float) -> torch.Tensor:
         """Inputs as of `regions.collate_regions`."""
-        regions = [
-            self.model.get_image_features(self.pixels(inputs[name]))["pooler_output"].flatten(0, 1)
-            for name in PIXELS
-            if name in inputs
-        ]
+        regions = [self.encode(name, inputs) for name in PIXELS if name in inputs]
         words = self.model.get_input_embeddings()(inputs["text_ids"]) * inputs["text_mask"].unsqueeze(-1)
         return self.head(torch.cat(regions), words.sum(1), inputs["labels"], total)

@@ -21,7 +21,8 @@ from pydantic import (
 )
 
 from ..data.glyphs import KIND_BUILDERS, SPLITS, check_ranges
-from ..vlm.projector import PROJECTORS
+from ..vlm.projector import downsample_factor
+from ..vlm.tiling import TILINGS
 
 PARTS = ("tower", "tower_norms", "projector", "llm", "llm_embeddings", "llm_norms", "lora")
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -44,10 +45,27 @@ class ModelRecipe(_Strict):
     vision: str | dict[str, Any] | None = None  # name or directory, or a configuration (random weights)
     text: str | dict[str, Any] | None = None
     embedding_scale: PositiveFloat = 1.0  # from scratch: the LLM's input embeddings start so many times larger
-    projector: Literal[tuple(PROJECTORS)] = "downsample-2x2"  # type: ignore[valid-type]
+    projector: str = "downsample-2x2"  # see vlm/projector.py
+    resampler_tokens: PositiveInt = 256  # the most tokens a tile, with projector resampler
+    tiling: Literal[TILINGS] = "resize"  # type: ignore[valid-type]  # see vlm/tiling.py
+    s2_scales: list[PositiveInt] | None = None  # pixels, of tilings s2 and dynamic-s2
+    thumbnail: bool = True  # of tiling tiles
+    video_pool: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 1, 1)  # frames, rows, columns averaged to a token
     vision_feature_layer: int | None = -2
     attn_implementation: str | None = None  # transformers' name; None is its default, sdpa
     processor: dict[str, Any] = {}  # arguments of FoveateProcessor that differ from the tower's own
+
+    @property
+    def config_fields(self) -> dict[str, Any]:
+        """Those that are fields of `FoveateConfig` too."""
+        names = ("projector", "resampler_tokens", "tiling", "s2_scales", "thumbnail", "video_pool")
+        return {name: getattr(self, name) for name in (*names, "vision_feature_layer")}
+
+    @field_validator("projector")
+    @classmethod
+    def _known_projector(cls, value: str) -> str:
+        downsample_factor(value)
+        return value
 
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelRecipe":

@@ -1,9 +1,11 @@
 """A stage's data, objective and trained parameters, put together from its recipe."""
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 from torch import nn
 
 from ..data.encoding import Sample, encode
@@ -17,7 +19,7 @@ from ..data.statistics import mean_tokens
 from ..vlm.config import FoveateConfig
 from ..vlm.media import MediaLimits
 from ..vlm.model import FoveateForConditionalGeneration
-from ..vlm.processor import FoveateProcessor
+from ..vlm.processor import FoveateProcessor, MediaTiles
 from .flops import ModelFlops
 from .objectives import NextToken, RegionContrast
 from .recipe import GlyphData, Recipe, RecipeError, SourceData, StageRecipe
@@ -125,7 +127,7 @@ class SampleCost:
     """
 
     def __init__(self, config: FoveateConfig, stage: StageRecipe):
-        self.trains = tuple(stage.learning_rates)
+        self.trains, self.tiling = tuple(stage.learning_rates), config.tiling
         try:
             self.flops: ModelFlops | None = ModelFlops.from_config(config)
         except ValueError:
@@ -138,12 +140,25 @@ class SampleCost:
     def __call__(self, sample: Sample) -> float:
         if self.flops is None:
             return float(sample.tokens)
-        tiles: dict[tuple[int, int], int] = {}
-        for pixels in (sample.images, sample.frames):
-            if len(pixels):
-                size = (pixels.shape[1], pixels.shape[2])
-                tiles[size] = tiles.get(size, 0) + len(pixels)
-        return self.flops.document(sample.tokens, tiles, self.trains, sample.loss_tokens)
+        tiles, blocks = encoded_tiles(self.tiling, sample.media)
+        return self.flops.document(sample.tokens, tiles, self.trains, sample.loss_tokens, blocks)
+
+
+def encoded_tiles(tiling: str, media: MediaTiles) -> tuple[Counter[tuple[int, int]], Counter[tuple[int, int]]]:
+    """The tiles that the tower encodes, and those whose features, joined over scales, the projector reads, by their
+    (height, width) in pixels. With tiling `native` an image or frame is one.
+    """
+    tiles: Counter[tuple[int, int]] = Counter()
+    blocks: Counter[tuple[int, int]] = Counter()
+    of_frames = np.repeat(media.video_grids[:, 1:], media.video_grids[:, 0], axis=0)
+    for pixels, grids in ((media.images, media.image_grids), (media.frames, of_frames)):
+        height, width = pixels.shape[1:3]
+        if tiling == "native":  # what is a tile elsewhere is a patch here
+            tiles.update((rows * height, columns * width) for rows, columns in grids.tolist())
+        elif len(pixels):
+            tiles[height, width] += len(pixels)
+            blocks[height, width] += int(grids.prod(1).sum())
+    return tiles, blocks if tiling in ("s2", "dynamic-s2") else tiles
 
 
 def _tiles(sample: RegionSample) -> float:

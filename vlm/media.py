@@ -12,17 +12,21 @@ import io
 import os
 import re
 import stat
+import struct
 import warnings
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 Source = str | os.PathLike[str] | bytes
@@ -37,6 +41,10 @@ DECORD_CONTAINERS = (
     "matroska",
     "mov",
 )  # decord 0.6 hangs on some MPEG-TS, and seeks to wrong frames in AVI and MPEG-PS
+ORIENTATION = 0x0112  # EXIF's tag
+LATE_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp", b"xmp")  # PNG chunks and texts
+REORDERED_FRAMES = 16  # held until those displayed before them come; decoders reorder by themselves
+CONVERTED_FRAMES = 4  # that wait to be taken while the decoder goes on
 SEEK_PACKETS = 16  # a seek flushes the decoder: it pays only where it skips at least this many packets
 CLOCK_SLACK_S = 5e-4  # Matroska rounds timestamps to milliseconds
 
@@ -203,6 +211,61 @@ def load_image(source: ImageSource, limits: MediaLimits = DEFAULT_LIMITS) -> Ima
             return _to_rgb(image, name, limits)
 
 
+def probe_image(source: ImageSource, limits: MediaLimits = DEFAULT_LIMITS) -> tuple[int, int]:
+    """(height, width) of what `load_image` returns, from the header alone: pixels that can't be decoded go unnoticed.
+
+    Raises:
+        MediaError: missing, without a readable header, over a limit, or not in one of IMAGE_FORMATS.
+    """
+    name = _name(source)
+    with _reading(name):
+        if isinstance(source, np.ndarray):
+            source = _image_from_array(source, name)
+        if isinstance(source, Image.Image):
+            return _displayed_size(source, source.getexif(), name, limits)
+        with (
+            _open(source, name, limits) as handle,
+            _CompleteReader(handle) as reader,  # type: ignore[arg-type]
+            Image.open(reader, formats=IMAGE_FORMATS) as image,
+        ):
+            decodes = image.format == "PNG" and not _has_late_orientation(reader)  # PNG's own getexif would
+            exif = Image.Image.getexif(image) if decodes else image.getexif()
+            return _displayed_size(image, exif, name, limits)
+
+
+def _displayed_size(image: Image.Image, exif: Image.Exif, name: str, limits: MediaLimits) -> tuple[int, int]:
+    _check_image(image, name, limits)
+    width, height = image.size
+    turned = exif.get(ORIENTATION) in (5, 6, 7, 8) and image.format != "TIFF"  # whose size PIL gives as displayed
+    return (width, height) if turned else (height, width)
+
+
+def _has_late_orientation(reader: BinaryIO) -> bool:
+    """Whether a PNG file has EXIF or XMP, in any of their forms, behind its first pixels."""
+    before, pixels_seen = reader.tell(), False
+    reader.seek(8)
+    try:
+        while True:
+            length, kind = struct.unpack(">I4s", reader.read(8))
+            start = reader.tell()
+            if pixels_seen and kind in (b"tEXt", b"zTXt", b"iTXt"):
+                kind = reader.read(min(length, 80)).partition(b"\0")[0]
+            if pixels_seen and kind in LATE_ORIENTATION:
+                return True
+            pixels_seen |= kind == b"IDAT"
+            reader.seek(start + length + 4)
+    except (OSError, struct.error):  # its end
+        return False
+    finally:
+        reader.seek(before)
+
+
+def _check_image(image: Image.Image, name: str, limits: MediaLimits) -> None:
+    _check_pixels(*image.size, name, limits)
+    if image.mode == "F":
+        raise MediaError(f"{name}: floating-point pixels have no fixed range, expected 8 or 16 bits")
+
+
 def _image_from_array(array: np.ndarray, name: str) -> Image.Image:
     if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))):
         raise MediaError(
@@ -212,10 +275,8 @@ def _image_from_array(array: np.ndarray, name: str) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, name: str, limits: MediaLimits) -> Image.Image:
-    _check_pixels(*image.size, name, limits)
+    _check_image(image, name, limits)
     image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise MediaError(f"{name}: floating-point pixels have no fixed range, expected 8 or 16 bits")
     if image.mode == "I" or image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.int64)  # [height, width]
         if grey.min() < 0 or grey.max() > 65535:
@@ -237,6 +298,59 @@ def _check_sampling(num_frames: int | None, fps: float | None, max_frames: int) 
         raise ValueError(f"num_frames={num_frames}, expected 1 to max_frames={max_frames}")
     if fps is not None and not 0 < fps < float("inf"):
         raise ValueError(f"fps={fps}, expected a positive number")
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    """Which frames of a video are taken, as `load_video` says."""
+
+    num_frames: int | None
+    fps: float | None
+    start_s: float | None
+    end_s: float | None
+    times_s: np.ndarray | None = None
+
+    def check(self, source: object, limits: MediaLimits) -> None:
+        if self.times_s is not None and not self.num_frames is self.fps is self.start_s is self.end_s is None:
+            raise ValueError("times_s is given with num_frames, fps, start_s or end_s: expected alone")
+        _check_sampling(self.num_frames, self.fps, limits.max_frames)
+        from_s, to_s = self._clip()
+        if not 0 <= from_s < to_s:
+            raise ValueError(f"start_s={self.start_s}, end_s={self.end_s}: expected 0 <= start_s < end_s")
+        if isinstance(source, np.ndarray | list | tuple) and not self.fps is self.start_s is self.end_s is None:
+            named = _name(source)
+            raise ValueError(f"{named}: fps, start_s and end_s need timestamps, which arrays and images don't have")
+
+    def _clip(self) -> tuple[float, float]:
+        return self.start_s or 0.0, float("inf") if self.end_s is None else self.end_s
+
+    def choose(self, video: _VideoFile | _FrameList) -> np.ndarray:
+        """Indices of frames, int64 [chosen], ascending."""
+        (from_s, to_s), times_s, name, limits = self._clip(), video.times_s, video.name, video.limits
+        if self.times_s is not None:
+            return self._at_times(video)
+        clip = np.flatnonzero((times_s >= from_s - CLOCK_SLACK_S) & (times_s < to_s - CLOCK_SLACK_S))
+        if not len(clip):
+            raise MediaError(f"{name}: no frame from {from_s} to {to_s} s; the video lasts {video.duration_s:.3f} s")
+        if self.num_frames is None and self.fps is None:
+            if len(clip) > limits.max_frames:
+                accepted = f"the limit max_frames accepts up to {limits.max_frames}; pass num_frames or fps"
+                raise MediaLimitError(f"{name}: {len(clip)} frames, {accepted}")
+            return clip
+        most = limits.max_frames
+        return clip[sample_indices(times_s[clip], num_frames=self.num_frames, fps=self.fps, max_frames=most)]
+
+    def _at_times(self, video: _VideoFile | _FrameList) -> np.ndarray:
+        wanted, most = np.asarray(self.times_s, np.float64), video.limits.max_frames
+        if not 0 < len(wanted) <= most:
+            raise MediaError(f"{video.name}: times_s holds {len(wanted)} times, expected 1 to max_frames={most}")
+        chosen = np.searchsorted(video.times_s, wanted).clip(max=len(video.times_s) - 1)
+        absent = video.times_s[chosen] != wanted
+        absent[1:] |= np.diff(chosen) <= 0
+        if absent.any():
+            at = f"times_s holds {wanted[absent][0]} s"
+            raise MediaError(f"{video.name}: {at}, expected times that sample_video gave, each once and in their order")
+        return chosen
 
 
 def sample_indices(
@@ -324,7 +438,13 @@ class _VideoFile:
         rate = (len(shown) - 1) / span_s if span_s else rate
         duration_s, fps = float(span_s + (shown[-1].ticks * tick_s or (1 / rate if rate else 0))), float(rate or 0)
         width, height = size if self.matrix[0] else size[::-1]
+        self.duration_s, self.fps = duration_s, fps
+        self.size = height, width
         self.info = VideoInfo(width, height, len(shown), duration_s, fps, frame.rotation % 360, codec)
+
+    @property
+    def damage(self) -> int:
+        return len(self.damaged) + self.lost
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[Any, Any]]:
@@ -380,17 +500,58 @@ class _VideoFile:
         self.damaged.update(frame.pts for frame in frames if frame.is_corrupt)
         return frames
 
-    def decode(self, keys: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        """(key, frame) of each frame that decodes intact: by seeking, then what that left out in one pass."""
-        wanted = set(keys)
+    def frames(self, chosen: np.ndarray, size: tuple[int, int] | None, backend: str) -> Iterator[np.ndarray]:
+        """uint8 [height, width, 3] of each chosen frame as displayed, in order."""
+        done = 0
+        if backend == "decord":
+            for pixels in _decord_frames(self, chosen, size):
+                done += 1
+                yield pixels
+        to_rgb = partial(self.av.video.reformatter.VideoReformatter().reformat, format="rgb24", threads=1)
+        converting: deque[Future[np.ndarray]] = deque()
+        with ThreadPoolExecutor(1) as pool:  # pixels are converted and resized while the next frames are decoded
+            for frame in self.decode(self.keys[chosen[done:]].tolist()):
+                converting.append(pool.submit(self._displayed, frame, to_rgb, size))
+                if len(converting) > CONVERTED_FRAMES:
+                    yield converting.popleft().result()
+            while converting:
+                yield converting.popleft().result()
+
+    def _displayed(self, frame: Any, to_rgb: Callable[[Any], Any], size: tuple[int, int] | None) -> np.ndarray:
+        _check_pixels(frame.width, frame.height, self.name, self.limits)
+        a, b, c, d = _display_matrix(frame)
+        pixels = to_rgb(frame).to_ndarray()
+        return _resized(pixels[::d, ::a] if a else pixels.swapaxes(0, 1)[::b, ::c], size)
+
+    def decode(self, keys: Sequence[int]) -> Iterator[Any]:
+        """The frames of these keys in their order, all intact: by seeking, then from the beginning where that fails."""
         seekable = self.container.startswith(SEEKABLE_CONTAINERS) and not self.by_number
-        for read in (self._by_seeking, self._sequentially) if seekable else (self._sequentially,):
-            if wanted:
-                with self._opened() as (container, stream):
-                    for key, frame in read(container, stream, sorted(wanted)):
-                        if key in wanted and not frame.is_corrupt:
-                            wanted.remove(key)
-                            yield key, frame
+        readers = [self._by_seeking, self._sequentially] if seekable else [self._sequentially]
+        pending, lost = deque(keys), 0
+        while readers and pending:
+            read, wanted = readers.pop(0), set(pending)
+            ahead: dict[int, Any] = {}  # frames that came before their turn
+            with self._opened() as (container, stream):
+                for key, frame in read(container, stream, sorted(wanted)):
+                    if key in wanted and not frame.is_corrupt:
+                        wanted.remove(key)
+                        ahead[key] = frame
+                    overdue = len(ahead) > REORDERED_FRAMES
+                    if overdue and readers:
+                        break
+                    while pending and (pending[0] in ahead or overdue):
+                        turn = pending.popleft()
+                        if turn not in ahead:
+                            wanted.remove(turn)
+                            lost += 1
+                        elif lost:  # only counted now
+                            del ahead[turn]
+                        else:
+                            yield ahead.pop(turn)
+                        overdue = len(ahead) > REORDERED_FRAMES
+        lost += sum(key not in ahead for key in pending)
+        if lost:
+            raise MediaError(f"{self.name}: {lost} of the {len(keys)} sampled frames could not be decoded")
 
     def _sequentially(self, container: Any, stream: Any, keys: list[int]) -> Iterator[tuple[int, Any]]:
         number, left = 0, set(keys)
@@ -418,7 +579,7 @@ class _VideoFile:
         def keyframe_before(pts: int) -> int:
             return starts[max(0, bisect_right(starts, (pts, len(order_of))) - 1)][1] if starts else 0
 
-        pending, reached = deque(keys), -1  # reached: a packet's place in decode order
+        wanted, pending, reached = set(keys), deque(keys), -1  # reached: a packet's place in decode order
         while pending:
             start = keyframe_before(pending[0])
             for timestamp in (pending[0], self.packets[start].dts):  # demuxers seek by one or the other
@@ -432,6 +593,9 @@ class _VideoFile:
             for reached, packet in enumerate(chain([first], packets), landed):
                 if packet is not None and order_of.get((packet.pts, packet.pos)) != reached:
                     return
+                if self.info.codec == "h264":  # no other picture needs those that refer to others only
+                    shown = packet is None or packet.pts in wanted
+                    stream.codec_context.skip_frame = "DEFAULT" if shown else "NONREF"
                 for frame in self._decode(stream, packet):
                     yield frame.pts, frame
                     while pending and frame.pts is not None and pending[0] <= frame.pts:
@@ -460,10 +624,12 @@ def _display_matrix(frame: Any) -> tuple[int, int, int, int]:
 
 
 def _resized(pixels: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+    """Bicubic with antialiasing: PIL's within 1 of 255 where nothing overshoots 0 or 255, and four times as fast."""
     if size is None or pixels.shape[:2] == size:
         return pixels
-    image = Image.fromarray(np.ascontiguousarray(pixels))
-    return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC))
+    image = torch.from_numpy(np.require(pixels, None, ["C", "W"])).permute(2, 0, 1)[None]  # [1, 3, height, width]
+    resized = torch.nn.functional.interpolate(image, size, mode="bicubic", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
 
 
 def probe_video(source: Source, limits: MediaLimits = DEFAULT_LIMITS) -> VideoInfo:
@@ -477,6 +643,134 @@ def probe_video(source: Source, limits: MediaLimits = DEFAULT_LIMITS) -> VideoIn
         return _VideoFile(handle, name, limits).info
 
 
+class _FrameList:
+    """Frames given as such, one a second; `size` is (height, width)."""
+
+    info = None
+    fps, damage = 1.0, 0
+
+    def __init__(self, source: np.ndarray | Sequence[ImageSource], name: str, limits: MediaLimits):
+        if isinstance(source, np.ndarray) and (source.dtype != np.uint8 or source.ndim != 4 or source.shape[3] != 3):
+            raise MediaError(f"{name}: {source.dtype} {list(source.shape)}, expected uint8 [frames, height, width, 3]")
+        if not len(source):
+            raise MediaError(f"{name}: no frames")
+        self.source, self.name, self.limits = source, name, limits
+        self.times_s, self.duration_s = np.arange(len(source), dtype=np.float64), float(len(source))
+        with self._frame(0):
+            self.size = probe_image(source[0], limits)
+
+    def frames(self, chosen: np.ndarray, size: tuple[int, int] | None, backend: str) -> Iterator[np.ndarray]:
+        """uint8 [height, width, 3] of each chosen frame, in order."""
+        for index in chosen.tolist():
+            with self._frame(index):
+                image = load_image(self.source[index], self.limits)
+            if image.size != self.size[::-1]:
+                sizes = f"is {image.size}, the first {self.size[::-1]} (width, height)"
+                raise MediaError(f"{self.name}: frame {index} {sizes}")
+            yield _resized(np.asarray(image), size)
+
+    @contextmanager
+    def _frame(self, index: int) -> Iterator[None]:
+        try:
+            yield
+        except MediaError as error:
+            raise MediaError(f"{self.name}: frame {index}: {error}") from error
+
+
+@contextmanager
+def _video(source: VideoSource, name: str, limits: MediaLimits) -> Iterator[_VideoFile | _FrameList]:
+    with _reading(name):
+        if isinstance(source, np.ndarray | list | tuple):
+            yield _FrameList(source, name, limits)
+        else:
+            with _open(source, name, limits) as handle:
+                yield _VideoFile(handle, name, limits)
+
+
+def _batches(
+    video: _VideoFile | _FrameList, chosen: np.ndarray, size: tuple[int, int] | None, backend: str, batch: int
+) -> Iterator[np.ndarray]:
+    """uint8 [up to batch, height, width, 3] of the chosen frames, in order."""
+    shape, left, row = None, len(chosen), 0
+    for pixels in video.frames(chosen, size, backend):
+        shape = shape or pixels.shape
+        if pixels.shape != shape:
+            sizes = f"{shape[:2]} to {pixels.shape[:2]} (height, width)"
+            raise MediaError(f"{video.name}: the picture size changes from {sizes}; pass size")
+        if not row:
+            rows = min(batch, left)
+            _check_bytes(rows * pixels.size, video.name, video.limits)
+            frames = np.empty((rows, *shape), np.uint8)
+        frames[row] = pixels
+        left, row = left - 1, row + 1
+        if row == len(frames):
+            yield frames
+            row = 0
+
+
+def sample_video(
+    source: VideoSource,
+    *,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    start_s: float | None = None,
+    end_s: float | None = None,
+    limits: MediaLimits = DEFAULT_LIMITS,
+) -> tuple[VideoInfo | None, np.ndarray]:
+    """What a video holds, and when the frames stand that `load_video` would take, without decoding them.
+
+    Returns:
+        The information (None for arrays and lists, which have none) and float64 [frames], seconds.
+
+    Raises:
+        MediaError, ValueError: as `load_video`, but for pixels that can't be decoded.
+    """
+    sampling = _Sampling(num_frames, fps, start_s, end_s)
+    sampling.check(source, limits)
+    with _video(source, _name(source), limits) as video:
+        return video.info, video.times_s[sampling.choose(video)]
+
+
+def iter_video(
+    source: VideoSource,
+    *,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    start_s: float | None = None,
+    end_s: float | None = None,
+    times_s: np.ndarray | None = None,
+    size: tuple[int, int] | None = None,
+    backend: str = "pyav",
+    batch: int = 32,
+    limits: MediaLimits = DEFAULT_LIMITS,
+) -> Iterator[np.ndarray]:
+    """The frames of `load_video` with the same arguments, in batches: memory doesn't grow with their number.
+
+    A frame that can't be decoded ends it with a MediaError, maybe after earlier frames: those count only once the
+    iterator has ended by itself.
+
+    Args:
+        batch: frames at a time; the last batch may be smaller.
+
+    Returns:
+        Iterator of uint8 [up to batch, height, width, 3].
+
+    Raises:
+        MediaError, ValueError: as `load_video`; max_bytes holds for the file and for a batch.
+    """
+    sampling = _Sampling(num_frames, fps, start_s, end_s, times_s)
+    sampling.check(source, limits)
+    _check_output(size, backend, limits)
+    if batch < 1:
+        raise ValueError(f"batch={batch}, expected at least 1")
+
+    def read() -> Iterator[np.ndarray]:
+        with _video(source, _name(source), limits) as video:
+            yield from _batches(video, sampling.choose(video), size, backend, batch)
+
+    return read()
+
+
 def load_video(
     source: VideoSource,
     *,
@@ -484,6 +778,7 @@ def load_video(
     fps: float | None = None,
     start_s: float | None = None,
     end_s: float | None = None,
+    times_s: np.ndarray | None = None,
     size: tuple[int, int] | None = None,
     backend: str = "pyav",
     limits: MediaLimits = DEFAULT_LIMITS,
@@ -495,7 +790,8 @@ def load_video(
 
     Args:
         start_s, end_s: only frames with start_s <= timestamp < end_s.
-        size: (height, width); each frame is resized as it is decoded (PIL, bicubic).
+        times_s: instead, exactly the frames at these times, some or all of those that `sample_video` gave.
+        size: (height, width); each frame is resized as it is decoded (bicubic with antialiasing).
         backend: "pyav", or "decord", which hands over to PyAV with a warning where it would fail or take other frames.
 
     Raises:
@@ -503,99 +799,26 @@ def load_video(
             no other frame takes its place. Frames predicted from a damaged one are kept; `Video.damaged` tells.
         ValueError: an argument out of range.
     """
-    _check_sampling(num_frames, fps, limits.max_frames)
+    sampling = _Sampling(num_frames, fps, start_s, end_s, times_s)
+    sampling.check(source, limits)
+    _check_output(size, backend, limits)
+    with _video(source, _name(source), limits) as video:
+        chosen = sampling.choose(video)
+        height, width = size or video.size
+        _check_bytes(len(chosen) * height * width * 3, video.name, limits)
+        [frames] = _batches(video, chosen, size, backend, len(chosen))
+        return Video(frames, video.times_s[chosen], video.duration_s, video.fps, video.damage)
+
+
+def _check_output(size: tuple[int, int] | None, backend: str, limits: MediaLimits) -> None:
     if backend not in ("pyav", "decord"):
         raise ValueError(f"backend={backend!r}, expected 'pyav' or 'decord'")
-    from_s, to_s = start_s or 0.0, float("inf") if end_s is None else end_s
-    if not 0 <= from_s < to_s:
-        raise ValueError(f"start_s={start_s}, end_s={end_s}: expected 0 <= start_s < end_s")
     if size is not None and not (min(size) > 0 and size[0] * size[1] <= limits.max_pixels):
         raise ValueError(f"size={size}, expected (height, width) of 1 to max_pixels={limits.max_pixels} pixels")
-    name = _name(source)
-    if isinstance(source, np.ndarray | list | tuple):
-        if not fps is start_s is end_s is None:
-            raise ValueError(f"{name}: fps, start_s and end_s need timestamps, which arrays and images don't have")
-        with _reading(name):
-            return _video_from_images(source, num_frames, size, name, limits)
-
-    with _reading(name), _open(source, name, limits) as handle:
-        video = _VideoFile(handle, name, limits)
-        times_s, info = video.times_s, video.info
-        chosen = np.flatnonzero((times_s >= from_s - CLOCK_SLACK_S) & (times_s < to_s - CLOCK_SLACK_S))
-        if not len(chosen):
-            raise MediaError(f"{name}: no frame from {from_s} to {to_s} s; the video lasts {info.duration_s:.3f} s")
-        chosen = chosen[_sampled(times_s[chosen], num_frames, fps, name, limits)]
-        height, width = size or (info.height, info.width)
-        _check_bytes(len(chosen) * height * width * 3, name, limits)
-        frames = _decord_frames(video, chosen, size) if backend == "decord" else None
-        if frames is None:
-            frames = _pyav_frames(video, chosen, size)
-        return Video(frames, times_s[chosen], info.duration_s, info.fps, len(video.damaged) + video.lost)
 
 
-def _sampled(
-    times_s: np.ndarray, num_frames: int | None, fps: float | None, name: str, limits: MediaLimits
-) -> np.ndarray:
-    if num_frames is not None or fps is not None:
-        return sample_indices(times_s, num_frames=num_frames, fps=fps, max_frames=limits.max_frames)
-    if len(times_s) > limits.max_frames:
-        accepted = f"the limit max_frames accepts up to {limits.max_frames}; pass num_frames or fps"
-        raise MediaLimitError(f"{name}: {len(times_s)} frames, {accepted}")
-    return np.arange(len(times_s))
-
-
-def _video_from_images(
-    source: np.ndarray | Sequence[ImageSource],
-    num_frames: int | None,
-    size: tuple[int, int] | None,
-    name: str,
-    limits: MediaLimits,
-) -> Video:
-    if isinstance(source, np.ndarray) and (source.dtype != np.uint8 or source.ndim != 4 or source.shape[3] != 3):
-        raise MediaError(f"{name}: {source.dtype} {list(source.shape)}, expected uint8 [frames, height, width, 3]")
-    if not len(source):
-        raise MediaError(f"{name}: no frames")
-    times_s = np.arange(len(source), dtype=np.float64)
-    chosen = _sampled(times_s, num_frames, None, name, limits)
-    frames, stored = [], None
-    for index in chosen.tolist():
-        try:
-            image = load_image(source[index], limits)
-        except MediaError as error:
-            raise MediaError(f"{name}: frame {index}: {error}") from error
-        stored = stored or image.size
-        if image.size != stored:
-            raise MediaError(f"{name}: frame {index} is {image.size}, the first {stored} (width, height)")
-        frames.append(_resized(np.asarray(image), size))
-        _check_bytes(len(chosen) * frames[0].size, name, limits)
-    return Video(np.stack(frames), times_s[chosen], float(len(source)), 1.0, 0)
-
-
-def _pyav_frames(video: _VideoFile, chosen: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
-    """uint8 [frames, height, width, 3] as displayed."""
-    row_of = {key: row for row, key in enumerate(video.keys[chosen].tolist())}
-    frames: np.ndarray | None = None
-    decoded = 0
-    for key, frame in video.decode(list(row_of)):
-        _check_pixels(frame.width, frame.height, video.name, video.limits)
-        a, b, c, d = _display_matrix(frame)
-        pixels = frame.to_ndarray(format="rgb24", threads=1)
-        pixels = _resized(pixels[::d, ::a] if a else pixels.swapaxes(0, 1)[::b, ::c], size)
-        if frames is None:
-            frames = np.empty((len(row_of), *pixels.shape), np.uint8)
-        if pixels.shape != frames.shape[1:]:
-            sizes = f"{frames.shape[1:3]} to {pixels.shape[:2]} (height, width)"
-            raise MediaError(f"{video.name}: the picture size changes from {sizes}; pass size")
-        frames[row_of[key]] = pixels
-        decoded += 1
-    if frames is None or decoded < len(row_of):
-        lost = f"{len(row_of) - decoded} of the {len(row_of)} sampled frames"
-        raise MediaError(f"{video.name}: {lost} could not be decoded")
-    return frames
-
-
-def _decord_frames(video: _VideoFile, chosen: np.ndarray, size: tuple[int, int] | None) -> np.ndarray | None:
-    """The frames; or None, with a warning, where decord 0.6 is known to hang or to return other frames, or fails."""
+def _decord_frames(video: _VideoFile, chosen: np.ndarray, size: tuple[int, int] | None) -> Iterator[np.ndarray]:
+    """The frames; none, with a warning, where decord 0.6 is known to hang or to return others, fewer where it fails."""
     try:
         import decord
     except ImportError as error:
@@ -614,9 +837,10 @@ def _decord_frames(video: _VideoFile, chosen: np.ndarray, size: tuple[int, int] 
             source = video.handle if isinstance(video.handle, io.BytesIO) else os.path.abspath(video.handle.name)
             reader = decord.VideoReader(source, ctx=decord.cpu(0), num_threads=1)
             if len(reader) == len(video.keys):
-                return np.stack([_resized(reader[index].asnumpy(), size) for index in chosen.tolist()])
+                for index in chosen.tolist():
+                    yield _resized(reader[index].asnumpy(), size)
+                return
             reason = f"counts {len(reader)} frames of {len(video.keys)}"
         except Exception as error:
             reason = f"failed ({str(error)[:200]})"
     warnings.warn(f"{video.name}: decord {reason}; reading with PyAV", stacklevel=3)
-    return None

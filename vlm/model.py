@@ -5,6 +5,8 @@ arXiv 2312.07533). The tower is any transformers vision model, the LLM any trans
 """
 
 import inspect
+import math
+from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
@@ -22,12 +24,20 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
+from . import anyres
 from .config import FoveateConfig
 from .processor import add_media_tokens
-from .projector import Projector
+from .projector import Projector, average_pool
+from .resampler import Resampler
+from .tiling import Grid, grid_levels, merge_scales, merge_tiles
+from .tower import run_native_tower, run_tower
 
 # Inputs that only the first forward of a generation takes: afterwards their tokens are in the KV cache.
-MEDIA_INPUTS = ("pixel_values", "pixel_values_videos", "image_features", "video_features")
+IMAGE_INPUTS = ("pixel_values", "image_grids", "image_sizes", "image_queries")
+VIDEO_INPUTS = ("pixel_values_videos", "video_grids", "video_queries")
+MEDIA_INPUTS = (*IMAGE_INPUTS, *VIDEO_INPUTS, "image_features", "video_features")
+
+TOWER_BATCH = 32  # tiles that the tower takes at a time where no gradients are wanted: what bounds its memory
 
 
 class FoveatePreTrainedModel(PreTrainedModel):
@@ -54,6 +64,8 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = _projector(config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        if config.tiling == "anyres":
+            self.image_newline = _newline(config)
         self.post_init()
 
     @classmethod
@@ -96,6 +108,8 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         model.vision_tower, model.language_model = tower, llm
         model.multi_modal_projector = _projector(config).to(llm.dtype)
         model.multi_modal_projector.apply(model._init_weights)
+        if config.tiling == "anyres":
+            model.image_newline = nn.Parameter(_newline(config).to(llm.dtype))
         model.generation_config = llm.generation_config
         return model.eval()
 
@@ -119,52 +133,186 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         self.config.text_config.vocab_size = self.language_model.config.vocab_size
         return embeddings
 
-    def _tower_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """Runs the tower: [tiles, 3, height, width] to ([tiles, tokens, C], grid in patches)."""
-        config = self.config.vision_config
-        patch, layer = config.patch_size, self.config.vision_feature_layer
-        tiles, _, height, width = pixel_values.shape
-        grid = (height // patch, width // patch)
-        inputs: dict[str, Any] = {"pixel_values": pixel_values.to(self.vision_tower.dtype)}
-        if config.model_type == "siglip2_vision_model":  # takes flattened patches and each image's grid
-            inputs["pixel_values"] = patchify(inputs["pixel_values"], patch)
-            inputs["spatial_shapes"] = torch.tensor([grid], device=pixel_values.device).expand(tiles, 2)
-            inputs["pixel_attention_mask"] = pixel_values.new_ones(tiles, grid[0] * grid[1], dtype=torch.long)
-        elif (height, width) != _image_size(config) and "interpolate_pos_encoding" in _forward_names(self.vision_tower):
-            inputs["interpolate_pos_encoding"] = True
-        outputs = self.vision_tower(**inputs, output_hidden_states=layer is not None)
-        features = outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
-        if features.ndim != 3 or len(features) != tiles or features.shape[1] < grid[0] * grid[1]:
-            raise ValueError(
-                f"vision tower {config.model_type!r} gave {tuple(features.shape)} for {tiles} images of "
-                f"{grid[0]}x{grid[1]} patches; accepted: towers that give [images, tokens, channels], one token a patch"
-            )
-        if self.config.vision_feature_select_strategy == "default":
-            features = features[:, features.shape[1] - grid[0] * grid[1] :]
-        return features, grid
-
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """Runs tower and projector.
+    def encode_images(
+        self,
+        pixel_values: torch.Tensor,
+        image_grids: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        image_queries: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
+        """What the LLM reads of each image, [tokens, D], by tower, merging of tiles, and projector.
 
         Args:
-            pixel_values: images [images, 3, height, width], or frames in the same form.
+            pixel_values: [tiles of all images, 3, height, width]; with tiling `native` [patches of all images, 3,
+                patch, patch].
+            image_grids: [images, 2], (rows, columns) of tiles (`native`: of patches) of the level that is read; None
+                with tiling `resize` alone, whose every tile is an image.
+            image_sizes: [images, 2], each image's own (height, width) in pixels; tiling `anyres` alone needs it.
+            image_queries: [images], the tokens that projector `resampler` gives of a tile; all of them when None.
+
+        Raises:
+            ValueError: an input's shape is not as above.
+        """
+        _check_pixels("pixel_values", pixel_values)
+        tiling = self.config.tiling
+        if tiling == "native":
+            maps = self._native_maps(pixel_values, _pairs("image_grids", image_grids))
+            images = [tokens[None] for tokens in self.multi_modal_projector.forward_maps(maps)]
+        elif tiling == "resize":
+            images = list(self.multi_modal_projector(*self._tower(pixel_values)).split(1))
+        elif tiling == "tiles":
+            grids = _pairs("image_grids", image_grids)
+            counts = [
+                sum(map(math.prod, grid_levels(tiling, grid, self.config.scales, self.config.thumbnail)))
+                for grid in grids
+            ]
+            _check_tiles("image_grids", pixel_values, sum(counts))
+            images = list(self.multi_modal_projector(*self._tower(pixel_values)).split(counts))
+        elif tiling == "anyres":
+            images = self._anyres(pixel_values, _pairs("image_grids", image_grids), _pairs("image_sizes", image_sizes))
+        else:
+            images = self._scaled(pixel_values, _pairs("image_grids", image_grids))
+        return [tokens.flatten(0, 1) for tokens in _first_queries("image_queries", image_queries, images)]
+
+    def encode_videos(
+        self,
+        pixel_values_videos: torch.Tensor,
+        video_grids: torch.Tensor | None = None,
+        video_queries: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
+        """What the LLM reads of each video, [tokens, D]: every frame is one tile, its tokens pooled as `video_pool`.
+
+        Without gradients the frames go through tower and projector a few at a time.
+
+        Args:
+            pixel_values_videos: [frames of all videos, 3, height, width]; with tiling `native` their patches.
+            video_grids: [videos, 3], (frames, rows, columns) in tiles (`native`: in patches) a frame; None where it
+                does not matter which frames are one video: not pooled over time, tiling not `native` or `anyres`.
+            video_queries: [videos], as `image_queries`.
+
+        Raises:
+            ValueError: an input's shape is not as above.
+        """
+        _check_pixels("pixel_values_videos", pixel_values_videos)
+        joined = self.config.tiling in ("native", "anyres") or self.config.video_pool[0] > 1
+        if video_grids is None and not joined:
+            grids = [(len(pixel_values_videos), 1, 1)]
+        else:
+            grids = [(frames, rows, columns) for frames, rows, columns in _numbers("video_grids", video_grids, 3)]
+        _check_tiles("video_grids", pixel_values_videos, sum(math.prod(grid) for grid in grids))
+        if torch.is_grad_enabled():  # one call for all, so that ranks that share weights call alike
+            videos = [self._pooled(maps) for maps in self._frame_maps(pixel_values_videos, grids)]
+        else:
+            parts = pixel_values_videos.split([math.prod(grid) for grid in grids])
+            videos = [self._encode_video(part, grid) for part, grid in zip(parts, grids, strict=True)]
+        videos = [tokens.flatten(0, 1) for tokens in _first_queries("video_queries", video_queries, videos)]
+        if self.config.tiling == "anyres":
+            videos = [torch.cat([tokens, self.image_newline[None].to(tokens)]) for tokens in videos]
+        return videos
+
+    def _encode_video(self, pixels: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
+        """One video's tokens [groups of frames, tokens, D], in chunks of whole groups."""
+        tiles, group = grid[1] * grid[2], self.config.video_pool[0]
+        chunks = pixels.split(tiles * group * max(1, TOWER_BATCH // group))
+        maps = (self._frame_maps(chunk, [(len(chunk) // tiles, grid[1], grid[2])])[0] for chunk in chunks)
+        return torch.cat([self._pooled(one) for one in maps])
+
+    def _frame_maps(self, pixels: torch.Tensor, grids: Sequence[tuple[int, int, int]]) -> list[torch.Tensor]:
+        """Each video's tokens as maps, [frames, rows, columns, D]; [frames, tokens, 1, D] where they have no grid."""
+        frames = [grid[0] for grid in grids]
+        if self.config.tiling == "native":
+            patches = [(rows, columns) for count, rows, columns in grids for _ in range(count)]
+            projected = iter(self.multi_modal_projector.forward_maps(self._native_maps(pixels, patches)))
+            videos = [torch.stack([next(projected) for _ in range(count)]) for count in frames]
+            sizes = [(rows, columns) for _, rows, columns in grids]
+        else:
+            features, size = self._tower(pixels)
+            features = features.repeat(1, 1, len(self.config.scales))
+            videos = list(self.multi_modal_projector(features, size).split(frames))
+            sizes = [size] * len(videos)
+        return [self._as_map(tokens, size) for tokens, size in zip(videos, sizes, strict=True)]
+
+    def _as_map(self, tokens: torch.Tensor, patches: Grid) -> torch.Tensor:
+        """[tiles, tokens, D] of tiles of (height, width) patches to [tiles, rows, columns, D]."""
+        rows, columns = (-(-side // self.config.downsample_factor) for side in patches)
+        return tokens.unflatten(1, (rows, columns) if tokens.shape[1] == rows * columns else (-1, 1))
+
+    def _pooled(self, maps: torch.Tensor) -> torch.Tensor:
+        """[frames, rows, columns, D] to [groups of frames, tokens, D]."""
+        if self.config.tiling == "anyres":
+            return anyres.pool_frames(maps.flatten(1, 2), (maps.shape[1], maps.shape[2]))
+        t, h, w = self.config.video_pool
+        return (maps if t * h * w == 1 else average_pool(maps, (t, h, w))).flatten(1, 2)
+
+    def _tower(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """[tiles, 3, height, width] to ([tiles, tower tokens, C], grid in patches)."""
+        if torch.is_grad_enabled() or len(pixel_values) <= TOWER_BATCH:
+            return run_tower(self.vision_tower, self.config, pixel_values)
+        parts = [run_tower(self.vision_tower, self.config, part) for part in pixel_values.split(TOWER_BATCH)]
+        return torch.cat([features for features, _ in parts]), parts[0][1]
+
+    def _native_maps(self, patches: torch.Tensor, grids: list[Grid]) -> list[torch.Tensor]:
+        """Patches of images of any grid to their features, [rows, columns, C] each."""
+        _check_tiles("image_grids", patches, sum(math.prod(grid) for grid in grids))
+        if torch.is_grad_enabled():
+            return run_native_tower(self.vision_tower, self.config, patches, torch.tensor(grids))
+        maps, after = [], 0
+        for start in range(0, len(grids), TOWER_BATCH):
+            some = grids[start : start + TOWER_BATCH]
+            before, after = after, after + sum(math.prod(grid) for grid in some)
+            maps += run_native_tower(self.vision_tower, self.config, patches[before:after], torch.tensor(some))
+        return maps
+
+    def _anyres(self, pixel_values: torch.Tensor, grids: list[Grid], sizes: list[Grid]) -> list[torch.Tensor]:
+        """A base tile and an unpadded map with newlines; see `anyres.py`."""
+        counts = [1 + math.prod(grid) for grid in grids]
+        _check_tiles("image_grids", pixel_values, sum(counts))
+        features, cells = self._tower(pixel_values)
+        tokens = self.multi_modal_projector(features, cells).split(counts)
+        most = self.config.anyres_max_tiles
+        images = zip(tokens, grids, sizes, strict=True)
+        return [anyres.pack(one, grid, size, self.image_newline, cells, most)[None] for one, grid, size in images]
+
+    def _scaled(self, pixel_values: torch.Tensor, grids: list[Grid]) -> list[torch.Tensor]:
+        """S²: every scale's tiles are merged to a map, the maps joined by channels, cut again, projected and merged."""
+        levels = [grid_levels(self.config.tiling, grid, self.config.scales) for grid in grids]
+        counts = [sum(rows * columns for rows, columns in of_image) for of_image in levels]
+        _check_tiles("image_grids", pixel_values, sum(counts))
+        features, patches = self._tower(pixel_values)
+        maps = features.unflatten(1, patches).split(counts)
+        images = zip(maps, levels, grids, strict=True)
+        blocks = [merge_scales(one, of_image, grid) for one, of_image, grid in images]
+        tokens = self.multi_modal_projector(torch.cat(blocks).flatten(1, 2), patches)
+        split = tokens.split([math.prod(grid) for grid in grids])
+        if self.config.projector == "resampler":  # its tokens are no map
+            return list(split)
+        maps = [merge_tiles(self._as_map(one, patches), grid) for one, grid in zip(split, grids, strict=True)]
+        return [one.flatten(0, 1)[None] for one in maps]
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        image_grids: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        image_queries: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """What the LLM reads of images, in transformers' form; see `encode_images`.
 
         Returns:
-            `last_hidden_state`: the tower's features [images, tower tokens, C]; `pooler_output`: what the LLM reads,
-            [images, tokens, D].
+            `pooler_output`: [images, tokens, D], or where images differ in tokens a tuple of [tokens, D].
         """
-        if pixel_values.ndim != 4:
-            raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}; accepted: [images, 3, height, width]"
-            )
-        features, grid = self._tower_features(pixel_values)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=features, pooler_output=self.multi_modal_projector(features, grid)
-        )
+        return _as_output(self.encode_images(pixel_values, image_grids, image_sizes, image_queries))
 
-    def get_video_features(self, pixel_values_videos: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """Runs tower and projector on frames [frames of all videos, 3, height, width]; see `get_image_features`."""
-        return self.get_image_features(pixel_values_videos)
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.Tensor,
+        video_grids: torch.Tensor | None = None,
+        video_queries: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """What the LLM reads of videos, in transformers' form; see `encode_videos` and `get_image_features`."""
+        return _as_output(self.encode_videos(pixel_values_videos, video_grids, video_queries))
 
     def _placeholders(self, input_ids: torch.Tensor, kind: str) -> torch.Tensor:
         """Where `input_ids` [batch, tokens] hold the placeholder of a kind of media, bool of that shape."""
@@ -191,7 +339,12 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        image_queries: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
+        video_grids: torch.Tensor | None = None,
+        video_queries: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         video_features: torch.Tensor | None = None,
         decoding: bool = False,
@@ -199,17 +352,21 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         """What the decoder reads, [batch, tokens, D]: the embeddings of `input_ids`, media in their places.
 
         Args:
-            input_ids, pixel_values, pixel_values_videos, image_features, video_features: see `forward`.
+            input_ids and media: see `forward`.
             decoding: `input_ids` continue a KV cache; a media token that was generated is then a token like others.
 
         Raises:
             ValueError: the number of placeholders and of features differ.
         """
         if pixel_values is not None:
-            image_features = _tokens(self.get_image_features(pixel_values))
+            image_features = torch.cat(self.encode_images(pixel_values, image_grids, image_sizes, image_queries))
         if pixel_values_videos is not None:
-            video_features = _tokens(self.get_video_features(pixel_values_videos))
-        embeds = self.get_input_embeddings()(input_ids)
+            video_features = torch.cat(self.encode_videos(pixel_values_videos, video_grids, video_queries))
+        known = input_ids
+        if not decoding:  # a checkpoint's placeholders may have ids beyond its embeddings
+            placeholders = self._placeholders(input_ids, "image") | self._placeholders(input_ids, "video")
+            known = input_ids.masked_fill(placeholders, 0)
+        embeds = self.get_input_embeddings()(known)
         for kind, features in (("image", image_features), ("video", video_features)):
             if features is not None or not decoding:
                 embeds = self._scatter(embeds, input_ids, kind, features)
@@ -226,6 +383,11 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         pixel_values_videos: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         video_features: torch.Tensor | None = None,
+        image_grids: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        image_queries: torch.Tensor | None = None,
+        video_grids: torch.Tensor | None = None,
+        video_queries: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -240,10 +402,10 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
             position_ids: [batch, tokens].
             past_key_values: KV cache of the tokens before `input_ids`.
             inputs_embeds: instead of `input_ids` [batch, tokens, D]; media must then be scattered already.
-            pixel_values: all images of the batch in order, [images, 3, height, width].
-            pixel_values_videos: all frames of all videos in order, [frames, 3, height, width].
-            image_features, video_features: instead of the two above, what `get_image_features` gave,
-                [tokens, D].
+            pixel_values, image_grids, image_sizes, image_queries: all images in order, see `encode_images`.
+            pixel_values_videos, video_grids, video_queries: the frames of all videos in order, see `encode_videos`.
+            image_features, video_features: instead of those, what `encode_images` and `encode_videos` gave,
+                concatenated to [tokens, D].
             labels: [batch, tokens], -100 where no loss falls; shifted inside, as in transformers.
             logits_to_keep: as in transformers.
 
@@ -252,11 +414,21 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        media = (pixel_values, pixel_values_videos, image_features, video_features)
+        media = {
+            "pixel_values": pixel_values,
+            "image_grids": image_grids,
+            "image_sizes": image_sizes,
+            "image_queries": image_queries,
+            "pixel_values_videos": pixel_values_videos,
+            "video_grids": video_grids,
+            "video_queries": video_queries,
+            "image_features": image_features,
+            "video_features": video_features,
+        }
         if input_ids is not None:
             decoding = past_key_values is not None and past_key_values.get_seq_length() > 0
-            inputs_embeds = self.get_inputs_embeds(input_ids, *media, decoding=decoding)
-        elif any(given is not None for given in media):
+            inputs_embeds = self.get_inputs_embeds(input_ids, **media, decoding=decoding)
+        elif any(given is not None for given in media.values()):
             raise ValueError("media inputs need input_ids, whose placeholders say where they belong")
         return self.language_model(
             inputs_embeds=inputs_embeds,
@@ -309,10 +481,12 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         media: dict[str, torch.Tensor] = {}
         if expand_size > 1 and input_ids is not None:
             media = {k: v for k in MEDIA_INPUTS if (v := model_kwargs.pop(k, None)) is not None}
-            if "pixel_values" in media:
-                media["image_features"] = _tokens(self.get_image_features(media.pop("pixel_values")))
-            if "pixel_values_videos" in media:
-                media["video_features"] = _tokens(self.get_video_features(media.pop("pixel_values_videos")))
+            images = {k: media.pop(k) for k in IMAGE_INPUTS if k in media}
+            videos = {k: media.pop(k) for k in VIDEO_INPUTS if k in media}
+            if images:
+                media["image_features"] = torch.cat(self.encode_images(**images))
+            if videos:
+                media["video_features"] = torch.cat(self.encode_videos(**videos))
             for kind in ("image", "video"):
                 if (features := media.get(f"{kind}_features")) is not None:
                     counts = self._placeholders(input_ids, kind).sum(1).tolist()
@@ -327,31 +501,54 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         return input_ids, model_kwargs | media
 
 
-def _projector(config: FoveateConfig) -> Projector:
-    return Projector(config.projector, config.vision_config.hidden_size, config.text_config.hidden_size)
+def _projector(config: FoveateConfig) -> Projector | Resampler:
+    channels, width = config.vision_config.hidden_size * len(config.scales), config.text_config.hidden_size
+    if config.projector == "resampler":
+        return Resampler(channels, width, config.resampler_tokens)
+    return Projector(config.projector, channels, width)
 
 
-def _tokens(outputs: BaseModelOutputWithPooling) -> torch.Tensor:
-    """What the LLM reads of all images, [tokens, D]."""
-    assert outputs.pooler_output is not None
-    return outputs.pooler_output.flatten(0, 1)
+def _newline(config: FoveateConfig) -> nn.Parameter:
+    """What ends each row of an `anyres` map, [D]."""
+    width = config.text_config.hidden_size
+    return nn.Parameter(torch.randn(width) * width**-0.5)
 
 
-def _forward_names(module: nn.Module) -> set[str]:
-    return set(inspect.signature(module.forward).parameters)
+def _as_output(features: list[torch.Tensor]) -> BaseModelOutputWithPooling:
+    alike = len({len(one) for one in features}) == 1
+    together: Any = torch.stack(features) if alike else tuple(features)
+    return BaseModelOutputWithPooling(pooler_output=together)
 
 
-def _image_size(config: PreTrainedConfig) -> tuple[int, int]:
-    size = config.image_size
-    return (size, size) if isinstance(size, int) else tuple(size)
+def _check_pixels(name: str, pixels: torch.Tensor) -> None:
+    if pixels.ndim != 4:
+        raise ValueError(f"{name} has shape {tuple(pixels.shape)}; accepted: [tiles, 3, height, width]")
 
 
-def patchify(pixel_values: torch.Tensor, patch: int) -> torch.Tensor:
-    """Cuts [tiles, 3, height, width] into patches in raster order, [tiles, patches, patch·patch·3]."""
-    tiles, channels, height, width = pixel_values.shape
-    rows, columns = height // patch, width // patch
-    cut = pixel_values[:, :, : rows * patch, : columns * patch].reshape(tiles, channels, rows, patch, columns, patch)
-    return cut.permute(0, 2, 4, 3, 5, 1).reshape(tiles, rows * columns, patch * patch * channels)
+def _check_tiles(name: str, pixels: torch.Tensor, tiles: int) -> None:
+    if len(pixels) != tiles:
+        raise ValueError(f"{name} tell of {tiles} tiles, but {len(pixels)} were given; both numbers must be equal")
+
+
+def _pairs(name: str, numbers: torch.Tensor | None) -> list[Grid]:
+    """[images, 2] as tuples."""
+    return [(rows, columns) for rows, columns in _numbers(name, numbers, 2)]
+
+
+def _numbers(name: str, grids: torch.Tensor | None, axes: int) -> list[list[int]]:
+    if grids is None or grids.ndim != 2 or grids.shape[1] != axes:
+        given = "None" if grids is None else f"of shape {tuple(grids.shape)}"
+        raise ValueError(f"{name} is {given}; this model accepts [media, {axes}], as its processor gives them")
+    return grids.tolist()
+
+
+def _first_queries(name: str, queries: torch.Tensor | None, media: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Of each of the media, [tiles, tokens, D], the tokens of the first queries of each tile."""
+    if queries is None:
+        return media
+    if len(queries) != len(media):
+        raise ValueError(f"{name} has {len(queries)} numbers for {len(media)} media; both numbers must be equal")
+    return [one[:, :first] for one, first in zip(media, queries.tolist(), strict=True)]
 
 
 def tower_config(vision: str | PathLike, **source: Any) -> PreTrainedConfig:

@@ -3,6 +3,7 @@
 import itertools
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
 
@@ -13,9 +14,9 @@ from transformers import AutoTokenizer, BatchFeature, ImageProcessingMixin, PreT
 from transformers.processing_utils import TextKwargs
 
 from .config import FoveateConfig
-from .media import MediaLimits, Video, load_image, load_video
-from .tiling import normalise, to_tiles, tokens_per_tile
-from .video import video_text
+from .media import DEFAULT_LIMITS, MediaLimits, Video, load_image, load_video, probe_image, sample_video
+from .tiling import ImagePlan, Tiling, normalise, to_tiles
+from .video import TIMESTAMPS, VideoPlan, most_frames, time_texts, time_token
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
 
@@ -45,12 +46,71 @@ CONTENT_MACRO = """
 """
 
 
-def add_media_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+def add_media_tokens(
+    tokenizer: PreTrainedTokenizerBase, image_token: str = IMAGE_TOKEN, video_token: str = VIDEO_TOKEN
+) -> tuple[int, int]:
     """Adds the placeholder tokens where they are missing and returns their ids (image, video)."""
-    tokenizer.add_tokens([IMAGE_TOKEN, VIDEO_TOKEN], special_tokens=True)
-    ids = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, VIDEO_TOKEN])
+    tokenizer.add_tokens([image_token, video_token], special_tokens=True)
+    ids = tokenizer.convert_tokens_to_ids([image_token, video_token])
     assert isinstance(ids, list)
     return ids[0], ids[1]
+
+
+class BudgetError(ValueError):
+    """Media that don't fit a budget of visual tokens even at the lowest resolution."""
+
+
+@dataclass(frozen=True)
+class VideoSource:
+    """A video, and which of its frames are taken; see `media.load_video`."""
+
+    source: Any
+    num_frames: int | None = None
+    fps: float | None = None
+    start_s: float | None = None
+    end_s: float | None = None
+
+
+@dataclass(frozen=True)
+class MediaPlan:
+    """What the media of one text become, told before a pixel is read.
+
+    Attributes:
+        images, videos: each one's plan, in order.
+        image_tiling, video_tiling: how they are cut; with a token budget maybe at a lower resolution than usual.
+    """
+
+    images: tuple[ImagePlan, ...]
+    videos: tuple[VideoPlan, ...]
+    image_tiling: Tiling
+    video_tiling: Tiling
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens."""
+        return sum(plan.tokens for plan in self.images) + sum(plan.tokens for plan in self.videos)
+
+
+@dataclass(frozen=True)
+class MediaTiles:
+    """The media of one text as uint8 tiles.
+
+    Attributes:
+        images, frames: [tiles, height, width, 3] of all images, and of all frames of all videos.
+        image_grids: int64 [images, 2]; video_grids: int64 [videos, 3]; see `FoveateForConditionalGeneration`.
+        image_sizes: int64 [images, 2], each image's own (height, width) in pixels.
+        queries: tokens a tile, with projector `resampler`.
+        image_texts, video_texts: what each placeholder becomes.
+    """
+
+    images: np.ndarray
+    frames: np.ndarray
+    image_grids: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))
+    image_sizes: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))
+    video_grids: np.ndarray = field(default_factory=lambda: np.empty((0, 3), np.int64))
+    queries: int | None = None
+    image_texts: tuple[str, ...] = ()
+    video_texts: tuple[str, ...] = ()
 
 
 class FoveateProcessor(ProcessorMixin):
@@ -58,17 +118,45 @@ class FoveateProcessor(ProcessorMixin):
 
     Args:
         tokenizer: the LLM's tokenizer; the media tokens are added where they are missing.
-        image_size: (height, width) that images are resized to, in pixels.
+        image_size: (height, width) of a tile, in pixels.
         video_size: (height, width) of video frames; like `image_size` when None.
         patch_size: side of the tower's patches in pixels.
         downsample_factor: r of the projector.
         prefix_tokens: CLS and register tokens that the model keeps.
+        tiling: how images become tiles: `resize`, `s2`, `dynamic-s2`, `tiles`, `anyres` or `native` (see `tiling.py`).
+            Frames are one tile each, with `native` of their own aspect ratio too.
+        s2_scales: as in `FoveateConfig`.
+        min_tiles, max_tiles: bounds of an image's grid of tiles.
+        thumbnail: of `tiles`, as in `FoveateConfig`.
+        anyres_grids: of `anyres`, the grids of tiles (rows, columns) that an image may have; all up to 6×6 when None.
+        anyres_max_tiles: of `anyres`, as in `FoveateConfig`.
+        fit: how `resize` makes an image a tile: `stretch`, `crop` or `pad` (see `anyres.fit_image`).
+        min_patches, max_patches: of `native`, bounds of the patches of an image or a frame.
+        video_pool: as in `FoveateConfig`.
+        query_tokens: tokens a tile, with projector `resampler`.
+        train_queries: the numbers of tokens a tile that training draws from; powers of 2 up to `query_tokens` when
+            None.
+        max_visual_tokens: budget of the visual tokens of a text (in training of a document). What is over it loses
+            frames first, then resolution; see `plan`.
+        min_frames: frames that a video keeps at least before resolution is lost.
         image_mean, image_std: by channel, on pixels in [0, 1].
         resample: PIL's resampling filter (3 is bicubic).
-        frame_separator: text after each frame's tokens.
+        image_start, image_end: text around each image's tokens.
+        tile_separator: text between the tokens of the tiles of an image, of `tiles` alone.
+        frame_start, frame_end: text around each frame's tokens (each group's, where frames are pooled over time);
+            `{number}` in it becomes the frame's number, from 1.
+        frame_separator: text after each frame.
+        last_frame_separator: whether it also stands after the last frame.
+        timestamps: what tells a frame's time, before its `frame_start`: `none`, `text` (as `12.5s: `) or `tokens`
+            (see `video.py`).
+        time_tokens: how many time tokens there are, with timestamps `tokens`.
         num_frames: frames taken from a video when a call gives neither `num_frames` nor `fps`.
         video_backend: `pyav` or `decord`.
+        image_token, video_token: the placeholders.
         chat_template: Jinja template; ChatML with content lists when None.
+
+    Raises:
+        ValueError: a field has a value that is not accepted; the message names the field.
     """
 
     def __init__(
@@ -79,30 +167,83 @@ class FoveateProcessor(ProcessorMixin):
         patch_size: int = 14,
         downsample_factor: int = 2,
         prefix_tokens: int = 0,
+        tiling: str = "resize",
+        s2_scales: Sequence[int] | None = None,
+        min_tiles: int = 1,
+        max_tiles: int = 12,
+        thumbnail: bool = True,
+        anyres_grids: Sequence[tuple[int, int]] | None = None,
+        anyres_max_tiles: int | None = 9,
+        fit: str = "stretch",
+        min_patches: int = 16,
+        max_patches: int = 1024,
+        video_pool: Sequence[int] = (1, 1, 1),
+        query_tokens: int | None = None,
+        train_queries: Sequence[int] | None = None,
+        max_visual_tokens: int | None = None,
+        min_frames: int = 8,
         image_mean: Sequence[float] = (0.5, 0.5, 0.5),
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
         resample: int = 3,
+        image_start: str = "",
+        image_end: str = "",
+        tile_separator: str = "",
+        frame_start: str = "",
+        frame_end: str = "",
         frame_separator: str = "\n",
+        last_frame_separator: bool = True,
+        timestamps: str = "none",
+        time_tokens: int = 100,
         num_frames: int = 8,
         video_backend: str = "pyav",
+        image_token: str = IMAGE_TOKEN,
+        video_token: str = VIDEO_TOKEN,
         chat_template: str | None = None,
     ):
         if tokenizer is None:
             raise ValueError("tokenizer is None; accepted: the LLM's tokenizer")
-        self.image_token, self.video_token = IMAGE_TOKEN, VIDEO_TOKEN
-        self.image_token_id, self.video_token_id = add_media_tokens(tokenizer)
+        self.image_token, self.video_token = image_token, video_token
+        self.image_token_id, self.video_token_id = add_media_tokens(tokenizer, image_token, video_token)
         self.image_size = _checked_size("image_size", image_size, patch_size)
         self.video_size = _checked_size("video_size", video_size or image_size, patch_size)
         self.patch_size = patch_size
         self.downsample_factor = downsample_factor
         self.prefix_tokens = prefix_tokens
+        self.tiling = tiling
+        self.s2_scales = None if s2_scales is None else list(s2_scales)
+        if self.s2_scales and self.image_size != (self.s2_scales[0],) * 2:
+            raise ValueError(f"image_size is {image_size}; accepted: the first of s2_scales {s2_scales}, twice")
+        self.min_tiles, self.max_tiles, self.thumbnail = min_tiles, max_tiles, thumbnail
+        self.anyres_grids = None if anyres_grids is None else [tuple(grid) for grid in anyres_grids]
+        self.anyres_max_tiles = anyres_max_tiles
+        self.fit = fit
+        self.min_patches, self.max_patches = min_patches, max_patches
+        self.video_pool = list(video_pool)
+        self.query_tokens = query_tokens
+        self.train_queries = None if train_queries is None else list(train_queries)
+        for name, value in (("max_visual_tokens", max_visual_tokens), ("min_frames", min_frames)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; accepted: 1 or more")
+        self.max_visual_tokens, self.min_frames = max_visual_tokens, min_frames
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.resample = resample
-        self.frame_separator = frame_separator
+        self.image_start, self.image_end, self.tile_separator = image_start, image_end, tile_separator
+        if tile_separator and tiling != "tiles":
+            raise ValueError(
+                f"tile_separator is {tile_separator!r} with tiling {tiling!r}; accepted: with 'tiles' alone"
+            )
+        self.frame_start, self.frame_end = frame_start, frame_end
+        self.frame_separator, self.last_frame_separator = frame_separator, last_frame_separator
+        if timestamps not in TIMESTAMPS:
+            raise ValueError(f"timestamps is {timestamps!r}; accepted: {', '.join(TIMESTAMPS)}")
+        self.timestamps, self.time_tokens = timestamps, time_tokens
+        if timestamps == "tokens":
+            tokenizer.add_tokens([time_token(number) for number in range(time_tokens)], special_tokens=True)
         self.num_frames = num_frames
         self.video_backend = video_backend
         super().__init__(tokenizer, chat_template=chat_template or CONTENT_MACRO + CHAT_TEMPLATE)
         tokenizer.padding_side = "left"  # what generation needs; training packs and does not pad
+        _ = self.image_tiling, self.video_tiling  # checks their fields
 
     @classmethod
     def from_parts(
@@ -125,42 +266,317 @@ class FoveateProcessor(ProcessorMixin):
         } | options
         side = getattr(config.vision_config, "image_size", None)
         if side is None:  # NaFlex towers have no image size, only a number of patches
-            side = int(config.vision_config.num_patches**0.5) * config.vision_config.patch_size
-        defaults = {
-            "image_size": (side, side) if isinstance(side, int) else tuple(side),
-            "patch_size": config.vision_config.patch_size,
-            "downsample_factor": config.downsample_factor,
-            "prefix_tokens": _prefix_tokens(config),
-        }
+            side = int(config.vision_config.num_patches**0.5) * config.patch_size
+        if config.s2_scales:
+            side = config.s2_scales[0]
+        defaults = {"image_size": (side, side) if isinstance(side, int) else tuple(side), **model_fields(config)}
         if missing := {"image_mean", "image_std", "resample"} - set(fields):
             raise ValueError(f"{vision}: the image processor's file has no {', '.join(sorted(missing))}; pass it")
         return cls(AutoTokenizer.from_pretrained(text), **(defaults | fields))
 
+    @property
+    def image_tiling(self) -> Tiling:
+        """How images are cut."""
+        red, green, blue = (int(mean * 255) for mean in self.image_mean)
+        return Tiling(
+            scheme=self.tiling,
+            tile=self.image_size,
+            patch_size=self.patch_size,
+            r=self.downsample_factor,
+            prefix_tokens=self.prefix_tokens,
+            scales=tuple(side // self.s2_scales[0] for side in self.s2_scales) if self.s2_scales else (),
+            min_tiles=self.min_tiles,
+            max_tiles=self.max_tiles,
+            thumbnail=self.thumbnail,
+            anyres_grids=tuple((rows, columns) for rows, columns in self.anyres_grids or ()),
+            anyres_max_tiles=self.anyres_max_tiles,
+            fit=self.fit,
+            background=(red, green, blue),
+            min_patches=self.min_patches,
+            max_patches=self.max_patches,
+            tokens_per_tile=self.query_tokens,
+        )
+
+    @property
+    def video_tiling(self) -> Tiling:
+        """How frames are cut: each is one tile."""
+        scheme = "native" if self.tiling == "native" else "resize"
+        return replace(self.image_tiling, scheme=scheme, tile=self.video_size, scales=(), fit="stretch")
+
     def tokens_per_image(self) -> int:
-        """LLM tokens of one image."""
-        return tokens_per_tile(self.image_size, self.patch_size, self.downsample_factor, self.prefix_tokens)
+        """LLM tokens of an image of `image_size`."""
+        return self.image_tiling.plan(*self.image_size).tokens
 
     def tokens_per_frame(self) -> int:
-        """LLM tokens of one video frame, its separator not counted."""
-        return tokens_per_tile(self.video_size, self.patch_size, self.downsample_factor, self.prefix_tokens)
+        """LLM tokens of a video frame of `video_size` (of a group of frames, where they are pooled over time), without
+        the text around them.
+        """
+        return self._video_plan(*self.video_size, np.zeros(1), self.video_tiling).tokens
 
-    def pixel_values(self, images: Sequence[Image.Image | np.ndarray], video: bool = False) -> torch.Tensor:
-        """RGB images (PIL or uint8 [height, width, 3]) to float32 [images, 3, height, width].
+    def plan_image(self, image: Any, limits: MediaLimits = DEFAULT_LIMITS) -> ImagePlan:
+        """What an image becomes, told from its header alone.
 
         Args:
-            images: the images, or with `video` the frames of all videos.
-            video: resize to `video_size` instead of `image_size`.
+            image: what `load_image` takes, or (height, width) in pixels.
+            limits: see `media.py`.
+
+        Raises:
+            MediaError: the image's size can't be read.
         """
-        tiles = to_tiles(images, self.video_size if video else self.image_size, self.resample)
-        return normalise(tiles, self.image_mean, self.image_std)
+        return self.plan([image], limits=limits).images[0]
 
-    def image_text(self) -> str:
+    def plan_video(self, video: Any, limits: MediaLimits = DEFAULT_LIMITS, **sampling: Any) -> VideoPlan:
+        """What a video becomes, told without decoding it.
+
+        Args:
+            video: what `load_video` takes, or a `Video`.
+            limits: see `media.py`.
+            **sampling: `num_frames`, `fps`, `start_s`, `end_s`; the processor's own `num_frames` of a file when neither
+                of the first two is given.
+
+        Raises:
+            MediaError: the video can't be read.
+        """
+        return self.plan(videos=[VideoSource(video, **sampling)], limits=limits).videos[0]
+
+    def plan(
+        self,
+        images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
+        max_visual_tokens: int | None = None,
+        query_tokens: int | None = None,
+        limits: MediaLimits = DEFAULT_LIMITS,
+    ) -> MediaPlan:
+        """What the media of one text become, before a pixel is read: grids, frames and exact numbers of tokens.
+
+        Over the budget, first all videos lose frames in proportion, down to `min_frames` each. If that is not enough,
+        images and frames together go one step lower in resolution (`Tiling.lower`; with projector `resampler` a tenth
+        of the queries once there are no tiles to lose), and videos get back the frames that then fit; and so on.
+
+        Args:
+            images: each as in `plan_image`.
+            videos: each as in `plan_video`, or a `VideoSource`.
+            max_visual_tokens: the budget; the processor's own when None.
+            query_tokens: tokens a tile, with projector `resampler`; the processor's own when None.
+            limits: see `media.py`.
+
+        Raises:
+            MediaError: a medium's size can't be read.
+            BudgetError: not even the lowest resolution fits the budget.
+        """
+        sizes = [size if _is_size(size) else probe_image(size, limits) for size in images]
+        clips = [self._clip(video, limits, sampled=True) for video in videos]
+        return self._plans([sizes], [clips], max_visual_tokens, query_tokens)[0]
+
+    def _plans(
+        self,
+        sizes: Sequence[Sequence[tuple[int, int]]],
+        clips: Sequence[Sequence["_Clip"]],
+        max_visual_tokens: int | None,
+        query_tokens: int | None,
+    ) -> list[MediaPlan]:
+        """The plans of several texts, whose media have one resolution, so that their tiles make one batch.
+
+        Args:
+            sizes: (height, width) of each text's images.
+            clips: each text's videos.
+            max_visual_tokens, query_tokens: as in `__call__`.
+        """
+        budget = self.max_visual_tokens if max_visual_tokens is None else max_visual_tokens
+        if query_tokens is not None and (self.query_tokens is None or not 1 <= query_tokens <= self.query_tokens):
+            accepted = (
+                "None: the projector is no resampler" if self.query_tokens is None else f"1 to {self.query_tokens}"
+            )
+            raise ValueError(f"query_tokens is {query_tokens}; accepted: {accepted}")
+        queries = query_tokens or self.query_tokens
+        image_tiling = replace(self.image_tiling, tokens_per_tile=queries)
+        video_tiling = replace(self.video_tiling, tokens_per_tile=queries)
+        while True:
+            plans = [
+                self._within(budget, *of_text, image_tiling, video_tiling) for of_text in zip(sizes, clips, strict=True)
+            ]
+            if None not in plans:
+                return [plan for plan in plans if plan is not None]
+            lower = _lower(image_tiling), _lower(video_tiling)
+            if lower == (None, None):
+                raise BudgetError(
+                    f"max_visual_tokens is {budget}, too few for a text's media even at the lowest resolution and "
+                    f"{self.min_frames} frames a video (min_frames); accepted: more, or fewer media"
+                )
+            image_tiling, video_tiling = lower[0] or image_tiling, lower[1] or video_tiling
+
+    def _within(
+        self,
+        budget: int | None,
+        sizes: Sequence[tuple[int, int]],
+        clips: Sequence["_Clip"],
+        image_tiling: Tiling,
+        video_tiling: Tiling,
+    ) -> MediaPlan | None:
+        """The plan of one text's media at a resolution, with the most frames that fit the budget; None if none do."""
+        images = tuple(image_tiling.plan(*size) for size in sizes)
+
+        def videos(counts: Sequence[int]) -> tuple[VideoPlan, ...]:
+            pairs = zip(clips, counts, strict=True)
+            return tuple(self._video_plan(*c.size, _thinned(c.times_s, count), video_tiling) for c, count in pairs)
+
+        def plan(counts: Sequence[int]) -> MediaPlan:
+            return MediaPlan(images, videos(counts), image_tiling, video_tiling)
+
+        counts: list[int] | None = [len(clip.times_s) for clip in clips]
+        if budget is not None and counts is not None:
+            counts = most_frames(counts, self.min_frames, lambda some: plan(some).tokens <= budget)
+        return None if counts is None else plan(counts)
+
+    def _video_plan(self, height: int, width: int, times_s: np.ndarray, tiling: Tiling) -> VideoPlan:
+        """The plan of a video of frames of height × width pixels, shown at times_s."""
+        frame = tiling.plan(height, width)
+        size = (frame.grid[0] * frame.tile[0], frame.grid[1] * frame.tile[1])
+        group, *window = self.video_pool
+        if self.tiling == "anyres":
+            window = [2, 2]  # its frames are halved
+        tokens = frame.tokens
+        if tuple(window) != (1, 1):
+            cells = [-(-(side // self.patch_size) // self.downsample_factor) for side in size]
+            tokens = -(-cells[0] // window[0]) * -(-cells[1] // window[1])
+        times = time_texts(times_s, group, self.timestamps, self.time_tokens)
+        frames = [
+            time + self.frame_start.replace("{number}", str(number)) + self.video_token * tokens + self.frame_end
+            for number, time in enumerate(times, 1)
+        ]
+        text = self.frame_separator.join(frames) + (self.frame_separator if self.last_frame_separator else "")
+        newline = int(self.tiling == "anyres")  # ends the video, a feature like the others
+        text += self.video_token * newline
+        return VideoPlan(times_s, size, frame.grid, frame.tile, tokens, text, tokens * len(times) + newline)
+
+    def _clip(self, video: Any, limits: MediaLimits, sampled: bool) -> "_Clip":
+        """A video with what its plan needs; `sampled` leaves files undecoded until their plan is made."""
+        wanted = video if isinstance(video, VideoSource) else VideoSource(video)
+        source, count = wanted.source, wanted.num_frames
+        if isinstance(source, Video):
+            frames = source.frames
+            return _Clip(wanted, (frames.shape[1], frames.shape[2]), source.timestamps_s, source)
+        sampling: dict[str, Any] = {
+            "fps": wanted.fps,
+            "start_s": wanted.start_s,
+            "end_s": wanted.end_s,
+            "limits": limits,
+        }
+        if isinstance(source, list | tuple | np.ndarray):
+            loaded = load_video(source, num_frames=count, **sampling)
+            return self._clip(loaded, limits, sampled)
+        if count is None and wanted.fps is None:
+            count = self.num_frames
+        wanted = replace(wanted, num_frames=count)
+        if sampled:
+            info, times_s = sample_video(source, num_frames=count, **sampling)
+            assert info is not None  # only arrays and lists have none
+            return _Clip(wanted, (info.height, info.width), times_s, None)
+        size = self.video_size if self.resample == Image.Resampling.BICUBIC else None  # what decoding resizes with
+        loaded = load_video(source, num_frames=count, size=size, backend=self.video_backend, **sampling)
+        return _Clip(wanted, (loaded.frames.shape[1], loaded.frames.shape[2]), loaded.timestamps_s, loaded)
+
+    def _frames(self, clip: "_Clip", plan: VideoPlan, tiling: Tiling, limits: MediaLimits) -> np.ndarray:
+        """The frames of a plan, uint8 [tiles, height, width, 3]."""
+        if clip.loaded is None:
+            size = plan.size if self.resample == Image.Resampling.BICUBIC else None  # what decoding resizes with
+            backend = self.video_backend
+            loaded = load_video(clip.wanted.source, times_s=plan.times_s, size=size, backend=backend, limits=limits)
+            frames = loaded.frames
+        else:
+            frames = _thinned(clip.loaded.frames, plan.frames)
+        if tiling.scheme != "native":
+            return frames if frames.shape[1:3] == plan.size else to_tiles(list(frames), plan.size, self.resample)
+        one = tiling.plan(*clip.size)
+        return np.concatenate([tiling.cut(frame, one, self.resample) for frame in frames])
+
+    def read_media(
+        self,
+        images: Sequence[Sequence[Any]],
+        videos: Sequence[Sequence[Any]],
+        max_visual_tokens: int | None = None,
+        query_tokens: int | None = None,
+        limits: MediaLimits = DEFAULT_LIMITS,
+    ) -> list[MediaTiles]:
+        """Reads the media of several texts and cuts them, as `plan` says.
+
+        Args:
+            images: of each text; what `load_image` takes.
+            videos: of each text; what `load_video` takes, a `Video` or a `VideoSource`.
+            max_visual_tokens, query_tokens, limits: as in `__call__`.
+
+        Raises:
+            MediaError: a file can't be read; the message names it.
+            BudgetError: not even the lowest resolution fits the budget.
+        """
+        pictures = [[load_image(image, limits) for image in of_text] for of_text in images]
+        later = self.tiling == "native" or (max_visual_tokens or self.max_visual_tokens) is not None
+        clips = [[self._clip(video, limits, sampled=later) for video in of_text] for of_text in videos]
+        sizes = [[(image.height, image.width) for image in of_text] for of_text in pictures]
+        plans = self._plans(sizes, clips, max_visual_tokens, query_tokens)
+        return [self._cut(*one, limits) for one in zip(plans, pictures, clips, strict=True)]
+
+    def _cut(
+        self, plan: MediaPlan, images: Sequence[Image.Image], clips: Sequence["_Clip"], limits: MediaLimits
+    ) -> MediaTiles:
+        tiling = plan.image_tiling
+        tiles = [tiling.cut(*one, self.resample) for one in zip(images, plan.images, strict=True)]
+        frames = [self._frames(*one, plan.video_tiling, limits) for one in zip(clips, plan.videos, strict=True)]
+        blank = np.empty((0, 1, 1, 3), np.uint8)
+        return MediaTiles(
+            images=np.concatenate(tiles) if tiles else blank,
+            frames=np.concatenate(frames) if frames else blank,
+            image_grids=np.array([one.grid for one in plan.images], np.int64).reshape(-1, 2),
+            image_sizes=np.array([(image.height, image.width) for image in images], np.int64).reshape(-1, 2),
+            video_grids=np.array([(one.frames, *one.grid) for one in plan.videos], np.int64).reshape(-1, 3),
+            queries=tiling.tokens_per_tile,
+            image_texts=tuple(self._image_text(one) for one in plan.images),
+            video_texts=tuple(one.text for one in plan.videos),
+        )
+
+    def _image_text(self, plan: ImagePlan) -> str:
         """The text that an image's placeholder becomes."""
-        return self.image_token * self.tokens_per_image()
+        tokens = self.image_token * plan.tokens
+        if self.tile_separator:
+            tokens = self.tile_separator.join([self.image_token * (plan.tokens // plan.tiles)] * plan.tiles)
+        return self.image_start + tokens + self.image_end
 
-    def video_text(self, frames: int) -> str:
-        """The text that the placeholder of a video of so many frames becomes."""
-        return video_text(frames, self.tokens_per_frame(), self.video_token, self.frame_separator)
+    def media_inputs(self, media: Sequence[MediaTiles], raw_pixels: bool = False) -> dict[str, torch.Tensor]:
+        """The media of a batch of texts as the model takes them; see `FoveateForConditionalGeneration`.
+
+        Args:
+            media: of each text.
+            raw_pixels: leave pixels as uint8 [tiles, height, width, 3], which an objective normalises on its device.
+
+        Returns:
+            `pixel_values` and `pixel_values_videos` where there are images and videos, with the grids, sizes and
+            numbers of queries that this model needs.
+        """
+        inputs: dict[str, torch.Tensor] = {}
+        pooled = self.tiling in ("native", "anyres") or self.video_pool[0] > 1
+        for name, kind, tiles, grids, needed in (
+            (
+                "pixel_values",
+                "image",
+                [m.images for m in media],
+                [m.image_grids for m in media],
+                self.tiling != "resize",
+            ),
+            ("pixel_values_videos", "video", [m.frames for m in media], [m.video_grids for m in media], pooled),
+        ):
+            if not sum(len(one) for one in tiles):
+                continue
+            together = np.concatenate([one for one in tiles if len(one)])
+            pixels = torch.from_numpy(together) if raw_pixels else normalise(together, self.image_mean, self.image_std)
+            inputs[name] = pixels
+            if needed:
+                inputs[f"{kind}_grids"] = torch.from_numpy(np.concatenate(grids))
+            if self.tiling == "anyres" and kind == "image":
+                inputs["image_sizes"] = torch.from_numpy(np.concatenate([m.image_sizes for m in media]))
+            if self.query_tokens is not None:
+                numbers = [m.queries for m, of in zip(media, grids, strict=True) for _ in of]
+                inputs[f"{kind}_queries"] = torch.tensor(numbers)
+        return inputs
 
     def __call__(
         self,
@@ -171,6 +587,10 @@ class FoveateProcessor(ProcessorMixin):
         audios: Any = None,
         num_frames: int | None = None,
         fps: float | None = None,
+        start_s: float | None = None,
+        end_s: float | None = None,
+        max_visual_tokens: int | None = None,
+        query_tokens: int | None = None,
         limits: MediaLimits | None = None,
         return_text_replacement_offsets: bool = False,
         return_mm_token_type_ids: bool = False,
@@ -186,6 +606,9 @@ class FoveateProcessor(ProcessorMixin):
             videos: likewise. Each a path, bytes, a list of frames or a uint8 array [frames, height, width, 3].
             num_frames, fps: how many frames to take of each video, or how many a second (not both); files are
                 sampled to the processor's own `num_frames` by default, frames given as such are all kept.
+            start_s, end_s: the part of each video file that is read, in seconds.
+            max_visual_tokens: budget of each text's visual tokens; the processor's own when None. See `plan`.
+            query_tokens: tokens a tile, with projector `resampler`; the processor's own when None.
             limits: see `media.py`.
             audio, audios: refused unless empty; callers that serve many models pass empty lists.
             **tokenizer_options: `padding`, `truncation`, `max_length`, `add_special_tokens`, … With
@@ -193,8 +616,7 @@ class FoveateProcessor(ProcessorMixin):
                 `return_text_replacement_offsets`, of the expanded text, as in transformers.
 
         Returns:
-            `input_ids`, `attention_mask`, and where there are any `pixel_values` [images, 3, height, width] and
-            `pixel_values_videos` [frames of all videos, 3, height, width].
+            `input_ids`, `attention_mask`, and where there are any media what `media_inputs` gives.
 
         Raises:
             MediaError: a file can't be read; the message names it.
@@ -209,16 +631,19 @@ class FoveateProcessor(ProcessorMixin):
         if text is None:
             raise ValueError("text is None; accepted: a text with one placeholder for each image and video")
         texts = [text] if isinstance(text, str) else list(text)
-        limits = limits or MediaLimits()
-        images = self._by_text(images, texts, "image", _is_image)
-        videos = self._by_text(videos, texts, "video", _is_video)
+        limits = limits or DEFAULT_LIMITS
+        of_images = self._by_text(images, texts, "image", _is_image)
+        of_videos = self._by_text(videos, texts, "video", _is_video)
+        wanted = [
+            [v if isinstance(v, VideoSource) else VideoSource(v, num_frames, fps, start_s, end_s) for v in of_text]
+            for of_text in of_videos
+        ]
+        media = self.read_media(of_images, wanted, max_visual_tokens, query_tokens, limits)
+        image_texts = [one for m in media for one in m.image_texts]
+        video_texts = [one for m in media for one in m.video_texts]
         data: dict[str, Any] = {}
-        loaded = [load_image(image, limits) for image in images]
-        clips = [self._load_video(video, num_frames, fps, limits) for video in videos]
         replaced: Any  # for each text a list of dicts, which transformers' annotation does not say
-        texts, replaced = self.get_text_with_replacements(
-            texts, [self.image_text()] * len(loaded), [self.video_text(len(clip.frames)) for clip in clips]
-        )
+        texts, replaced = self.get_text_with_replacements(texts, image_texts, video_texts)
         if return_tensors is None and tokenizer_options.get("padding"):
             return_tensors = "pt"
         encoded = self.tokenizer(texts, return_tensors=None, **tokenizer_options)
@@ -226,10 +651,11 @@ class FoveateProcessor(ProcessorMixin):
         if "offset_mapping" in data and not return_text_replacement_offsets:
             pairs = zip(data["offset_mapping"], replaced, strict=True)
             data["offset_mapping"] = [_to_given_text(spans, of_text) for spans, of_text in pairs]
-        for token_id, name, unit in (
-            (self.image_token_id, "image", self.tokens_per_image() * len(loaded)),
-            (self.video_token_id, "video", self.tokens_per_frame() * sum(len(clip.frames) for clip in clips)),
+        for token, token_id, name, given in (
+            (self.image_token, self.image_token_id, "image", image_texts),
+            (self.video_token, self.video_token_id, "video", video_texts),
         ):
+            unit = sum(one.count(token) for one in given)
             found = sum(ids.count(token_id) for ids in data["input_ids"])
             if found != unit:
                 raise ValueError(
@@ -242,14 +668,11 @@ class FoveateProcessor(ProcessorMixin):
         batch = BatchFeature(data, tensor_type=return_tensors)
         if return_text_replacement_offsets:
             batch["text_replacement_offsets"] = replaced
-        if loaded:
-            batch["pixel_values"] = self.pixel_values(loaded)
-        if clips:
-            batch["pixel_values_videos"] = self.pixel_values([f for clip in clips for f in clip.frames], video=True)
+        batch.update(self.media_inputs(media))
         return batch
 
-    def _by_text(self, media: Any, texts: list[str], kind: str, is_one: Any) -> list:
-        """Flattens one, a list, or a list of lists of media, and checks them against the placeholders."""
+    def _by_text(self, media: Any, texts: list[str], kind: str, is_one: Any) -> list[list]:
+        """Sorts one, a list, or a list of lists of media to their texts, and checks them against the placeholders."""
         token = self.image_token if kind == "image" else self.video_token
         wanted = [text.count(token) for text in texts]
         if media is None:
@@ -258,27 +681,20 @@ class FoveateProcessor(ProcessorMixin):
             media = [media]
         nested = [m for m in media if isinstance(m, list | tuple) and not is_one(m)]
         if nested:
-            media = [list(m) if isinstance(m, list | tuple) and not is_one(m) else [m] for m in media]
-            if [len(m) for m in media] != wanted:
+            by_text = [list(m) if isinstance(m, list | tuple) and not is_one(m) else [m] for m in media]
+            if [len(m) for m in by_text] != wanted:
                 raise ValueError(
-                    f"the texts hold {wanted} {token} placeholders, but {[len(m) for m in media]} {kind}s were given; "
-                    "both lists of numbers must be equal"
+                    f"the texts hold {wanted} {token} placeholders, but {[len(m) for m in by_text]} {kind}s were "
+                    "given; both lists of numbers must be equal"
                 )
-            return list(itertools.chain.from_iterable(media))
+            return by_text
         if len(media) != sum(wanted):
             raise ValueError(
                 f"the texts hold {sum(wanted)} {token} placeholders, but {len(media)} {kind}s were given; both "
                 "numbers must be equal"
             )
-        return list(media)
-
-    def _load_video(self, video: Any, num_frames: int | None, fps: float | None, limits: MediaLimits) -> Video:
-        if isinstance(video, Video):
-            return video
-        if num_frames is None and fps is None and not isinstance(video, list | tuple | np.ndarray):
-            num_frames = self.num_frames
-        size = self.video_size if self.resample == Image.Resampling.BICUBIC else None  # what decoding resizes with
-        return load_video(video, num_frames=num_frames, fps=fps, size=size, backend=self.video_backend, limits=limits)
+        one = iter(media)
+        return [list(itertools.islice(one, count)) for count in wanted]
 
     def post_process_image_text_to_text(self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any):
         """Decodes generated ids, as `ProcessorMixin` does for pipelines."""
@@ -286,13 +702,59 @@ class FoveateProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return [*self.tokenizer.model_input_names, "pixel_values", "pixel_values_videos"]
+        images = ["pixel_values", "image_grids", "image_sizes", "image_queries"]
+        return [*self.tokenizer.model_input_names, *images, "pixel_values_videos", "video_grids", "video_queries"]
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """A video whose frames are known by size and time, decoded or not."""
+
+    wanted: VideoSource
+    size: tuple[int, int]  # (height, width) of its frames
+    times_s: np.ndarray
+    loaded: Video | None
+
+
+def _thinned(frames: np.ndarray, count: int) -> np.ndarray:
+    """So many of the frames (or of their times), evenly, as `sample_indices` takes them."""
+    if count == len(frames):
+        return frames
+    return frames[np.linspace(0, len(frames) - 1, count).round().astype(np.int64)]
+
+
+def _lower(tiling: Tiling) -> Tiling | None:
+    """The next lower resolution; once there are no tiles to lose, fewer queries of projector `resampler`."""
+    lower = tiling.lower()
+    if lower is None and (tiling.tokens_per_tile or 1) > 1:
+        return replace(tiling, tokens_per_tile=int((tiling.tokens_per_tile or 1) * 0.9) or 1)
+    return lower
+
+
+def _is_size(value: Any) -> bool:
+    """(height, width)."""
+    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(side, int) for side in value)
 
 
 def _checked_size(name: str, size: Sequence[int], patch_size: int) -> tuple[int, int]:
     if len(size) != 2 or min(size) < patch_size:
         raise ValueError(f"{name} is {size}; accepted: (height, width), each at least patch_size {patch_size}")
     return size[0], size[1]
+
+
+def model_fields(config: FoveateConfig) -> dict[str, Any]:
+    """The arguments of `FoveateProcessor` that follow from a model's configuration."""
+    return {
+        "patch_size": config.patch_size,
+        "downsample_factor": config.downsample_factor,
+        "prefix_tokens": _prefix_tokens(config),
+        "tiling": config.tiling,
+        "s2_scales": config.s2_scales,
+        "thumbnail": config.thumbnail,
+        "anyres_max_tiles": config.anyres_max_tiles,
+        "video_pool": config.video_pool,
+        "query_tokens": config.resampler_tokens if config.projector == "resampler" else None,
+    }
 
 
 def _prefix_tokens(config: FoveateConfig) -> int:

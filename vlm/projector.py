@@ -1,15 +1,33 @@
 """From tower features to LLM embeddings, with fewer tokens.
 
-`linear` and `mlp2x` keep one token a patch (LLaVA, LLaVA-1.5, arXiv 2310.03744). `downsample-2x2` (VILA-1.5, NVILA's
-"spatial-to-channel") and `downsample-3x3` (NVILA, arXiv 2412.04468, section 2.1) first move each r×r square of patches
-into channels, so N patches become ⌈√N / r⌉² tokens.
+linear, mlp2x    one token a patch (LLaVA; LLaVA-1.5, arXiv 2310.03744)
+downsample-RxR   space-to-depth: each R×R square of patches moves into channels, so N patches become ⌈√N / R⌉² tokens
+                 (2x2: VILA-1.5's, NVILA's "spatial-to-channel"; 3x3: NVILA, arXiv 2412.04468, section 2.1)
+pool-RxR         each R×R square is averaged, then as mlp2x
+resampler        learned queries that read the patches; see `resampler.py`
 """
+
+import re
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-# name -> r, the side of the square of patches that becomes one token
-PROJECTORS = {"linear": 1, "mlp2x": 1, "downsample-2x2": 2, "downsample-3x3": 3}
+PROJECTORS = ("linear", "mlp2x", "downsample-RxR", "pool-RxR", "resampler")
+
+
+def downsample_factor(projector: str) -> int:
+    """R, the side of the square of patches that becomes one token: 1 without downsampling.
+
+    Raises:
+        ValueError: no projector has this name.
+    """
+    if projector in ("linear", "mlp2x", "resampler"):
+        return 1
+    match = re.fullmatch(r"(?:downsample|pool)-([2-9]|[1-9]\d)x\1", projector)
+    if match is None:
+        raise ValueError(f"projector is {projector!r}; accepted: {', '.join(PROJECTORS)}, with R from 2 to 99")
+    return int(match[1])
 
 
 def space_to_depth(features: torch.Tensor, r: int) -> torch.Tensor:
@@ -31,29 +49,47 @@ def space_to_depth(features: torch.Tensor, r: int) -> torch.Tensor:
     return features.reshape(tiles, rows, columns, r * r * channels)
 
 
+def average_pool(features: torch.Tensor, window: tuple[int, int, int]) -> torch.Tensor:
+    """Means over windows of (frames, rows, columns); the last windows of an axis may be partial, and average what they
+    hold. NVILA's temporal pooling is a window of (t, 1, 1) (arXiv 2412.04468, section 2.1).
+
+    Args:
+        features: [frames, height, width, channels].
+        window: (t, h, w).
+
+    Returns:
+        [⌈frames / t⌉, ⌈height / h⌉, ⌈width / w⌉, channels].
+    """
+    sides = tuple(min(pair) for pair in zip(window, features.shape[:3], strict=True))  # torch takes none that is larger
+    pooled = nn.functional.avg_pool3d(
+        features.permute(3, 0, 1, 2), sides, stride=sides, ceil_mode=True, count_include_pad=False
+    )
+    return pooled.permute(1, 2, 3, 0)
+
+
 class Projector(nn.Module):
     """Maps tower features to LLM embeddings.
 
     Args:
-        name: one of `PROJECTORS`.
+        name: one of `PROJECTORS` but `resampler`.
         vision_dim: channels C of the tower's features.
         text_dim: width D of the LLM's embeddings.
     """
 
     def __init__(self, name: str, vision_dim: int, text_dim: int):
         super().__init__()
-        self.r = PROJECTORS[name]
-        c, d = vision_dim, text_dim
+        self.r, self.pools = downsample_factor(name), name.startswith("pool")
+        c, d, r = vision_dim, text_dim, self.r
         layers: list[nn.Module]
         if name == "linear":
             layers = [nn.Linear(c, d)]
-        elif name == "mlp2x":
+        elif r == 1 or self.pools:
             layers = [nn.Linear(c, d), nn.GELU(), nn.Linear(d, d)]
-        elif name == "downsample-2x2":
+        elif r == 2:
             layers = [nn.LayerNorm(4 * c), nn.Linear(4 * c, d), nn.GELU(), nn.Linear(d, d)]
         else:
-            layers = [nn.LayerNorm(9 * c), nn.Linear(9 * c, 3 * c), nn.GELU()]
-            layers += [nn.LayerNorm(3 * c), nn.Linear(3 * c, d), nn.GELU(), nn.Linear(d, d)]
+            layers = [nn.LayerNorm(r * r * c), nn.Linear(r * r * c, r * c), nn.GELU()]
+            layers += [nn.LayerNorm(r * c), nn.Linear(r * c, d), nn.GELU(), nn.Linear(d, d)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -64,6 +100,17 @@ class Projector(nn.Module):
             grid: (height, width) of the tiles in patches.
         """
         if self.r > 1:
-            features = features.unflatten(1, grid)  # [tiles, height, width, C]
-            features = space_to_depth(features, self.r).flatten(1, 2)  # [tiles, tokens', r·r·C]
+            features = self._squares(features.unflatten(1, grid)).flatten(1, 2)  # [tiles, tokens', C or r·r·C]
         return self.layers(features)
+
+    def forward_maps(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Projects maps of any sizes, [height, width, C] each to [tokens, D], by one call of each layer: ranks that
+        share the layers' weights (ZeRO-3) call them alike whatever images they have.
+        """
+        squares = [self._squares(one[None]).flatten(0, 2) for one in maps]
+        return list(self.layers(torch.cat(squares)).split([len(one) for one in squares]))
+
+    def _squares(self, features: torch.Tensor) -> torch.Tensor:
+        if self.r == 1:
+            return features
+        return average_pool(features, (1, self.r, self.r)) if self.pools else space_to_depth(features, self.r)

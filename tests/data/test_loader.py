@@ -23,7 +23,7 @@ from foveate.data.loader import (
 )
 from foveate.data.mixture import Mixture
 from foveate.data.packing import collate
-from foveate.vlm.processor import FoveateProcessor
+from foveate.vlm.processor import FoveateProcessor, MediaTiles
 
 PACKING = Packing(rows=2, groups=4, tokens=64, tiles=8, window=6, reserve=3)
 
@@ -48,7 +48,7 @@ def encode(document: Document) -> Sample:
     tokens = 1 + int(np.random.default_rng(number).lognormal(2, 1)) % 60
     ids = np.full(tokens, number, dtype=np.int64)
     tiles = np.full((number % 3, 2, 2, 3), number % 256, dtype=np.uint8)
-    return Sample(document.key, ids, ids, tiles, tiles[:0])
+    return Sample(document.key, ids, ids, MediaTiles(tiles, tiles[:0]))
 
 
 @pytest.fixture

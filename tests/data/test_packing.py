@@ -1,5 +1,6 @@
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from foveate.data.packing import Packer, RowFacts, Waiting, choose_rows, collate
 from foveate.train.build import build_model
 from foveate.train.recipe import Recipe
 from foveate.vlm.model import FoveateForConditionalGeneration
-from foveate.vlm.processor import FoveateProcessor
+from foveate.vlm.processor import FoveateProcessor, MediaTiles
 from foveate.vlm.tiling import normalise, normalise_tensor
 
 MAX_TOKENS, MAX_TILES = 40, 6
@@ -31,7 +32,7 @@ class Sizes:
         tokens, tiles = self.sizes[index % len(self.sizes)]
         ids = np.full(tokens, index, dtype=np.int64)
         pixels = np.full((tiles, 2, 2, 3), index % 256, dtype=np.uint8)
-        return Sample(f"sample/{index}", ids, ids, pixels[: tiles // 2], pixels[tiles // 2 :])
+        return Sample(f"sample/{index}", ids, ids, MediaTiles(pixels[: tiles // 2], pixels[tiles // 2 :]))
 
 
 def keys(row: list[Sample]) -> list[str]:
@@ -104,7 +105,7 @@ def test_skewed_lengths_waste_little() -> None:
         while packer.wants_more and position < len(lengths):
             ids = np.zeros(lengths[position], dtype=np.int64)
             nothing = np.zeros((0, 2, 2, 3), dtype=np.uint8)
-            packer.add(Waiting(position, Sample(str(position), ids, ids, nothing, nothing)))
+            packer.add(Waiting(position, Sample(str(position), ids, ids, MediaTiles(nothing, nothing))))
             position += 1
         used += sum(waiting.sample.tokens for waiting in packer.row())
         rows += 1
@@ -155,7 +156,7 @@ def test_collated_rows_restart_positions_and_pad_with_a_document_of_its_own(proc
 def test_raw_pixels_are_normalised_later_to_the_same_bits(processor: FoveateProcessor) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     ids = np.zeros(2, dtype=np.int64)
-    rows = [[Sample("a", ids, ids, pixels, pixels[:2, :32, :32])]]
+    rows = [[Sample("a", ids, ids, MediaTiles(pixels, pixels[:2, :32, :32]))]]
     raw, whole = collate(rows, processor, raw_pixels=True), collate(rows, processor)
     for name in ("pixel_values", "pixel_values_videos"):
         assert raw.inputs[name].dtype == torch.uint8
@@ -248,8 +249,7 @@ def test_no_document_changes_the_logits_of_another(
             "other",
             np.where(media, sample.input_ids, rng.integers(0, vocabulary - 2, len(media))),
             sample.labels,
-            255 - sample.images,
-            255 - sample.frames,
+            replace(sample.media, images=255 - sample.images, frames=255 - sample.frames),
         )
         after = logits([*samples[:changed], other, *samples[changed + 1 :]])
         for i in range(len(samples)):

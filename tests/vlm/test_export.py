@@ -14,7 +14,7 @@ from PIL import Image
 
 from foveate.data.glyphs import CHAT_TEMPLATE, FRAME_SEPARATOR, glyph_tokenizer
 from foveate.vlm import FoveateConfig, FoveateForConditionalGeneration, FoveateProcessor
-from foveate.vlm import export as export_module
+from foveate.vlm import stock
 from foveate.vlm.export import ExportError, export
 from foveate.vlm.processor import _prefix_tokens, add_media_tokens
 
@@ -252,7 +252,7 @@ def test_export_with_code_gives_the_same_logits_and_words_without_foveate(
 
 def test_export_with_code_holds_code_weights_and_nothing_of_this_machine(code_export: tuple[Path, Any, Any]) -> None:
     folder, _, _ = code_export
-    modules = {"config", "media", "model", "processor", "projector", "tiling", "video"}
+    modules = {"anyres", "config", "media", "model", "processor", "projector", "resampler", "tiling", "tower", "video"}
     assert {path.stem for path in (folder / "code").glob("*.py")} == modules
     suffixes = {path.suffix for path in (folder / "code").iterdir()}
     assert suffixes == {".py", ".json", ".jinja", ".safetensors"}
@@ -338,7 +338,8 @@ def test_stock_processor_resizes_and_normalises_square_images_as_ours(
     name: str, stock_exports: tuple[Path, dict[str, Any], dict[str, Any]]
 ) -> None:
     folder, made, _ = stock_exports
-    pixels = made[name][1].pixel_values([Image.fromarray(pictures()["square"])])  # [1, 3, 64, 64]
+    inputs = made[name][1](images=Image.fromarray(pictures()["square"]), text="<image>")
+    pixels = inputs["pixel_values"]  # [1, 3, 64, 64]
     if name.startswith("lfm2"):  # [1, patches, patch · patch · 3], cut here by slices
         starts = range(0, 64, PATCH)
         cut = [pixels[0, :, y : y + PATCH, x : x + PATCH].permute(1, 2, 0).flatten() for y in starts for x in starts]
@@ -360,7 +361,10 @@ def test_stock_export_changes_nothing_of_a_bfloat16_model_in_training(tmp_path: 
 
 
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
-    "linear": ({"projector": "linear", "layer": -2}, "projector 'linear' .* llava needs 'mlp2x', lfm2_vl needs 'down"),
+    "linear": (
+        {"projector": "linear", "layer": -2},
+        "projector 'linear' .* need 'mlp2x', lfm2_vl and internvl need 'down",
+    ),
     "3x3": ({"projector": "downsample-3x3", "layer": None}, "projector 'downsample-3x3'"),
     "clip with 2x2": ({"tower": "clip", "layer": None}, "vision_config clip_vision_model .* siglip_vision_model"),
     "siglip2 with mlp2x": ({"projector": "mlp2x", "layer": -2}, "vision_config siglip2_vision_model"),
@@ -400,7 +404,7 @@ def test_stock_export_names_the_part_without_a_twin_and_writes_nothing(case: str
 
 def test_stock_export_with_other_logits_is_refused_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = make("siglip", "llama", "downsample-2x2", None)
-    converted = export_module._siglip_as_siglip2
+    converted = stock._siglip_as_siglip2
 
     def with_channels_first(tower: Any) -> Any:
         twin = converted(tower)
@@ -408,7 +412,7 @@ def test_stock_export_with_other_logits_is_refused_and_removed(tmp_path: Path, m
         weight.data = weight.data.reshape(-1, PATCH * PATCH, 3).transpose(1, 2).flatten(1)
         return twin
 
-    monkeypatch.setattr(export_module, "_siglip_as_siglip2", with_channels_first)
+    monkeypatch.setattr(stock, "_siglip_as_siglip2", with_channels_first)
     with pytest.raises(ExportError, match="gives other logits"):
         export(model, processor, tmp_path / "out", "stock")
     assert list(tmp_path.iterdir()) == []

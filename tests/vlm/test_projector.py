@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import erf
 
-from foveate.vlm.projector import PROJECTORS, Projector, space_to_depth
+from foveate.vlm.projector import Projector, average_pool, downsample_factor, space_to_depth
 from foveate.vlm.tiling import tokens_per_tile
 
 C, D = 6, 10
+
+NAMES = ["linear", "mlp2x", "downsample-2x2", "downsample-3x3", "downsample-4x4", "pool-2x2", "pool-3x3"]
 
 
 def merged_by_loops(features: np.ndarray, r: int) -> np.ndarray:
@@ -25,6 +27,16 @@ def merged_by_loops(features: np.ndarray, r: int) -> np.ndarray:
                 for c in range(channels):
                     square = (y % r) * r + x % r
                     out[tile, y // r, x // r, square * channels + c] = features[tile, y, x, c]
+    return out
+
+
+def averaged_by_loops(x: np.ndarray, r: int) -> np.ndarray:
+    tiles, height, width, channels = x.shape
+    out = np.empty((tiles, -(-height // r), -(-width // r), channels))
+    for row in range(out.shape[1]):
+        for column in range(out.shape[2]):
+            square = x[:, row * r : row * r + r, column * r : column * r + r]  # at the edges a part of one
+            out[:, row, column] = square.mean((1, 2))
     return out
 
 
@@ -43,7 +55,10 @@ def projected(name: str, p: list[np.ndarray], features: np.ndarray, grid: tuple[
         return features @ p[0].T + p[1]
     if name == "mlp2x":
         return gelu(features @ p[0].T + p[1]) @ p[2].T + p[3]
-    r = 2 if name == "downsample-2x2" else 3
+    r = int(name[-1])
+    if name.startswith("pool"):
+        x = averaged_by_loops(features.reshape(len(features), *grid, -1), r).reshape(len(features), -1, C)
+        return gelu(x @ p[0].T + p[1]) @ p[2].T + p[3]
     x = merged_by_loops(features.reshape(len(features), *grid, -1), r).reshape(len(features), -1, r * r * C)
     if r == 2:
         return gelu(layer_norm(x, p[0], p[1]) @ p[2].T + p[3]) @ p[4].T + p[5]
@@ -65,7 +80,7 @@ def test_space_to_depth_pads_right_and_below_with_zeros() -> None:
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (5, 7), (6, 3)])
-@pytest.mark.parametrize("name", PROJECTORS)
+@pytest.mark.parametrize("name", NAMES)
 def test_projector_equals_the_formula(name: str, grid: tuple[int, int]) -> None:
     projector = Projector(name, C, D).double()
     for parameter in projector.parameters():
@@ -82,6 +97,7 @@ def test_projector_equals_the_formula(name: str, grid: tuple[int, int]) -> None:
         ("linear", [(D, C), (D,)]),
         ("mlp2x", [(D, C), (D,), (D, D), (D,)]),
         ("downsample-2x2", [(4 * C,), (4 * C,), (D, 4 * C), (D,), (D, D), (D,)]),
+        ("pool-2x2", [(D, C), (D,), (D, D), (D,)]),
         (
             "downsample-3x3",
             [(9 * C,), (9 * C,), (3 * C, 9 * C), (3 * C,), (3 * C,), (3 * C,), (D, 3 * C), (D,), (D, D), (D,)],
@@ -111,7 +127,7 @@ def test_published_token_counts(side: int, r: int, tokens: int) -> None:
 @given(
     size=st.tuples(st.integers(4, 60), st.integers(4, 60)),
     patch=st.integers(1, 4),
-    name=st.sampled_from(list(PROJECTORS)),
+    name=st.sampled_from(NAMES),
 )
 @settings(max_examples=60, deadline=None)
 def test_the_count_that_the_processor_uses_is_what_the_projector_gives(
@@ -119,8 +135,35 @@ def test_the_count_that_the_processor_uses_is_what_the_projector_gives(
 ) -> None:
     grid = (size[0] // patch, size[1] // patch)
     tokens = Projector(name, 2, 3)(torch.zeros(1, grid[0] * grid[1], 2), grid).shape[1]
-    assert tokens_per_tile(size, patch, PROJECTORS[name]) == tokens
+    assert tokens_per_tile(size, patch, downsample_factor(name)) == tokens
 
 
 def test_prefix_tokens_are_counted_once_a_tile() -> None:
     assert tokens_per_tile((16, 20), 4, 1, prefix_tokens=5) == 4 * 5 + 5
+
+
+@pytest.mark.parametrize("name", ["downsample", "downsample-1x1", "downsample-2x3", "pool-0x0", "conv", "Linear"])
+def test_an_unknown_projector_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"projector is '{name}'; accepted: linear, mlp2x, downsample-RxR"):
+        downsample_factor(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_maps_of_any_sizes_are_projected_as_each_alone(name: str) -> None:
+    projector, grids = Projector(name, C, D), [(4, 6), (1, 1), (5, 3)]
+    maps = [torch.randn(*grid, C) for grid in grids]
+    for one, grid, together in zip(maps, grids, projector.forward_maps(maps), strict=True):
+        torch.testing.assert_close(together, projector(one.flatten(0, 1)[None], grid)[0])
+
+
+@pytest.mark.parametrize("window", [(1, 1, 1), (2, 1, 1), (4, 2, 3), (8, 1, 1), (3, 5, 5)])
+def test_average_pool_averages_what_each_window_holds(window: tuple[int, int, int]) -> None:
+    x = torch.randn(7, 4, 5, 2, dtype=torch.float64)
+    t, h, w = window
+    expected = [
+        [[x[f : f + t, r : r + h, c : c + w].mean((0, 1, 2)) for c in range(0, 5, w)] for r in range(0, 4, h)]
+        for f in range(0, 7, t)
+    ]
+    torch.testing.assert_close(
+        average_pool(x, window), torch.stack([torch.stack([torch.stack(b) for b in a]) for a in expected])
+    )
