@@ -99,7 +99,15 @@ def media_of(document: Document) -> tuple[list[Any], list[VideoSource]]:
 def _read(document: Document, processor: FoveateProcessor, limits: MediaLimits) -> MediaTiles:
     images, videos = media_of(document)
     queries = drawn_queries(document.key, processor)
-    return processor.read_media([images], [videos], query_tokens=queries, limits=limits)[0]
+    media = processor.read_media([images], [videos], query_tokens=queries, limits=limits)[0]
+    for tiles, tiling in ((media.images, processor.image_tiling), (media.frames, processor.video_tiling)):
+        if tiling.scheme != "native" and len(tiles) and tiles.shape[1:3] != tiling.tile:
+            raise BudgetError(
+                f"max_visual_tokens is {processor.max_visual_tokens}, which takes tiles of {tiles.shape[1]}x"
+                f"{tiles.shape[2]} pixels; training accepts what fits with fewer frames and tiles, of "
+                f"{tiling.tile[0]}x{tiling.tile[1]}"
+            )
+    return media
 
 
 def drawn_queries(key: str, processor: FoveateProcessor) -> int | None:

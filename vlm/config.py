@@ -85,6 +85,12 @@ class FoveateConfig(PreTrainedConfig):
                 f"tiling 'anyres' has its own way of pooling; accepted with it: projector linear or mlp2x (it is "
                 f"{projector!r}) and video_pool (1, 1, 1) (it is {tuple(video_pool)})"
             )
+        merge = getattr(self.vision_config, "spatial_merge_size", 1)
+        if tiling == "native" and r % merge:
+            raise ValueError(
+                f"projector {projector!r} makes tokens of {r}x{r} patches, but vision_config.spatial_merge_size is "
+                f"{merge}; accepted with tiling 'native': downsampling by a multiple of it"
+            )
         if len(video_pool) != 3 or min(video_pool) < 1:
             raise ValueError(f"video_pool is {video_pool}; accepted: (frames, rows, columns), each at least 1")
         gridless = projector == "resampler" or vision_feature_select_strategy == "full"

@@ -187,15 +187,16 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         Args:
             pixel_values_videos: [frames of all videos, 3, height, width]; with tiling `native` their patches.
             video_grids: [videos, 3], (frames, rows, columns) in tiles (`native`: in patches) a frame; None where it
-                does not matter which frames are one video: not pooled over time, tiling not `native` or `anyres`.
+                does not matter which frames are one video: not pooled over time, tiling not `native` or `anyres`, no
+                numbers of queries.
             video_queries: [videos], as `image_queries`.
 
         Raises:
             ValueError: an input's shape is not as above.
         """
         _check_pixels("pixel_values_videos", pixel_values_videos)
-        joined = self.config.tiling in ("native", "anyres") or self.config.video_pool[0] > 1
-        if video_grids is None and not joined:
+        apart = self.config.tiling in ("native", "anyres") or self.config.video_pool[0] > 1
+        if video_grids is None and video_queries is None and not apart:
             grids = [(len(pixel_values_videos), 1, 1)]
         else:
             grids = [(frames, rows, columns) for frames, rows, columns in _numbers("video_grids", video_grids, 3)]

@@ -266,7 +266,8 @@ class FoveateProcessor(ProcessorMixin):
         } | options
         side = getattr(config.vision_config, "image_size", None)
         if side is None:  # NaFlex towers have no image size, only a number of patches
-            side = int(config.vision_config.num_patches**0.5) * config.patch_size
+            patches = getattr(config.vision_config, "num_patches", 32**2)  # Qwen's towers have neither
+            side = int(patches**0.5) * config.patch_size
         if config.s2_scales:
             side = config.s2_scales[0]
         defaults = {"image_size": (side, side) if isinstance(side, int) else tuple(side), **model_fields(config)}
@@ -553,7 +554,7 @@ class FoveateProcessor(ProcessorMixin):
             numbers of queries that this model needs.
         """
         inputs: dict[str, torch.Tensor] = {}
-        pooled = self.tiling in ("native", "anyres") or self.video_pool[0] > 1
+        apart = self.tiling in ("native", "anyres") or self.video_pool[0] > 1 or self.query_tokens is not None
         for name, kind, tiles, grids, needed in (
             (
                 "pixel_values",
@@ -562,7 +563,7 @@ class FoveateProcessor(ProcessorMixin):
                 [m.image_grids for m in media],
                 self.tiling != "resize",
             ),
-            ("pixel_values_videos", "video", [m.frames for m in media], [m.video_grids for m in media], pooled),
+            ("pixel_values_videos", "video", [m.frames for m in media], [m.video_grids for m in media], apart),
         ):
             if not sum(len(one) for one in tiles):
                 continue

@@ -310,6 +310,14 @@ def test_the_loss_is_the_mean_over_labelled_tokens(tiny: Any) -> None:
         ({"s2_scales": [16, 32]}, "s2_scales is [16, 32] with tiling 'resize'"),
         ({"tiling": "s2", "s2_scales": [16, 24]}, "s2_scales is [16, 24]; accepted: ascending pixels, multiples of"),
         ({"tiling": "s2", "s2_scales": [32, 16]}, "s2_scales is [32, 16]; accepted: ascending pixels, multiples of"),
+        (
+            {"tiling": "native", "projector": "mlp2x", "vision_config": {"model_type": "qwen3_vl_vision"}},
+            "projector 'mlp2x' makes tokens of 1x1 patches, but vision_config.spatial_merge_size is 2",
+        ),
+        (
+            {"tiling": "anyres"},
+            "tiling 'anyres' has its own way of pooling; accepted with it: projector linear or mlp2x",
+        ),
         ({"video_pool": (8, 1)}, "video_pool is (8, 1); accepted: (frames, rows, columns), each at least 1"),
         ({"video_pool": (1, 0, 1)}, "video_pool is (1, 0, 1); accepted"),
         (
