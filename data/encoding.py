@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..vlm.media import MediaError, MediaLimitError, MediaLimits
-from ..vlm.processor import BudgetError, FoveateProcessor, MediaTiles, VideoSource
+from ..vlm.planning import BudgetError, MediaTiles, VideoSource
+from ..vlm.processor import FoveateProcessor
 from .document import Document, DocumentError, Image, Text, Video
 
 IGNORE = -100

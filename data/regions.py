@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from ..vlm.media import MediaLimits
-from ..vlm.processor import FoveateProcessor, MediaTiles
+from ..vlm.planning import MediaTiles
+from ..vlm.processor import FoveateProcessor
 from .document import Document, Text
 from .encoding import Sample, encode
 from .packing import Batch

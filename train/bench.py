@@ -26,7 +26,8 @@ from ..data.packing import Batch, collate
 from ..eval.facts import result
 from ..vlm.config import FoveateConfig
 from ..vlm.model import FoveateForConditionalGeneration
-from ..vlm.processor import FoveateProcessor, MediaTiles
+from ..vlm.planning import MediaTiles
+from ..vlm.processor import FoveateProcessor
 from .acceleration import compile_model, enable_checkpointing
 from .distributed import init_world
 from .engine import Engine, Micro, make_engine, resolve_precision, shares_weights

@@ -19,7 +19,8 @@ from ..data.statistics import mean_tokens
 from ..vlm.config import FoveateConfig
 from ..vlm.media import MediaLimits
 from ..vlm.model import FoveateForConditionalGeneration
-from ..vlm.processor import FoveateProcessor, MediaTiles
+from ..vlm.planning import MediaTiles
+from ..vlm.processor import FoveateProcessor
 from .flops import ModelFlops
 from .objectives import NextToken, RegionContrast
 from .recipe import GlyphData, Recipe, RecipeError, SourceData, StageRecipe

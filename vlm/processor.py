@@ -3,7 +3,7 @@
 import itertools
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -15,8 +15,9 @@ from transformers.processing_utils import TextKwargs
 
 from .config import FoveateConfig
 from .media import DEFAULT_LIMITS, MediaLimits, Video, load_image, load_video, probe_image, sample_video
+from .planning import Clip, MediaPlan, MediaTiles, VideoSource, plan_texts, thinned
 from .tiling import ImagePlan, Tiling, normalise, to_tiles
-from .video import TIMESTAMPS, VideoPlan, most_frames, time_texts, time_token
+from .video import TIMESTAMPS, VideoPlan, time_texts, time_token
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
 
@@ -54,63 +55,6 @@ def add_media_tokens(
     ids = tokenizer.convert_tokens_to_ids([image_token, video_token])
     assert isinstance(ids, list)
     return ids[0], ids[1]
-
-
-class BudgetError(ValueError):
-    """Media that don't fit a budget of visual tokens even at the lowest resolution."""
-
-
-@dataclass(frozen=True)
-class VideoSource:
-    """A video, and which of its frames are taken; see `media.load_video`."""
-
-    source: Any
-    num_frames: int | None = None
-    fps: float | None = None
-    start_s: float | None = None
-    end_s: float | None = None
-
-
-@dataclass(frozen=True)
-class MediaPlan:
-    """What the media of one text become, told before a pixel is read.
-
-    Attributes:
-        images, videos: each one's plan, in order.
-        image_tiling, video_tiling: how they are cut; with a token budget maybe at a lower resolution than usual.
-    """
-
-    images: tuple[ImagePlan, ...]
-    videos: tuple[VideoPlan, ...]
-    image_tiling: Tiling
-    video_tiling: Tiling
-
-    @property
-    def tokens(self) -> int:
-        """Visual tokens."""
-        return sum(plan.tokens for plan in self.images) + sum(plan.tokens for plan in self.videos)
-
-
-@dataclass(frozen=True)
-class MediaTiles:
-    """The media of one text as uint8 tiles.
-
-    Attributes:
-        images, frames: [tiles, height, width, 3] of all images, and of all frames of all videos.
-        image_grids: int64 [images, 2]; video_grids: int64 [videos, 3]; see `FoveateForConditionalGeneration`.
-        image_sizes: int64 [images, 2], each image's own (height, width) in pixels.
-        queries: tokens a tile, with projector `resampler`.
-        image_texts, video_texts: what each placeholder becomes.
-    """
-
-    images: np.ndarray
-    frames: np.ndarray
-    image_grids: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))
-    image_sizes: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))
-    video_grids: np.ndarray = field(default_factory=lambda: np.empty((0, 3), np.int64))
-    queries: int | None = None
-    image_texts: tuple[str, ...] = ()
-    video_texts: tuple[str, ...] = ()
 
 
 class FoveateProcessor(ProcessorMixin):
@@ -372,7 +316,7 @@ class FoveateProcessor(ProcessorMixin):
     def _plans(
         self,
         sizes: Sequence[Sequence[tuple[int, int]]],
-        clips: Sequence[Sequence["_Clip"]],
+        clips: Sequence[Sequence[Clip]],
         max_visual_tokens: int | None,
         query_tokens: int | None,
     ) -> list[MediaPlan]:
@@ -385,49 +329,13 @@ class FoveateProcessor(ProcessorMixin):
         """
         budget = self.max_visual_tokens if max_visual_tokens is None else max_visual_tokens
         if query_tokens is not None and (self.query_tokens is None or not 1 <= query_tokens <= self.query_tokens):
-            accepted = (
-                "None: the projector is no resampler" if self.query_tokens is None else f"1 to {self.query_tokens}"
-            )
+            accepted = f"1 to {self.query_tokens}" if self.query_tokens else "None: the projector is no resampler"
             raise ValueError(f"query_tokens is {query_tokens}; accepted: {accepted}")
         queries = query_tokens or self.query_tokens
         image_tiling = replace(self.image_tiling, tokens_per_tile=queries)
         video_tiling = replace(self.video_tiling, tokens_per_tile=queries)
-        while True:
-            plans = [
-                self._within(budget, *of_text, image_tiling, video_tiling) for of_text in zip(sizes, clips, strict=True)
-            ]
-            if None not in plans:
-                return [plan for plan in plans if plan is not None]
-            lower = _lower(image_tiling), _lower(video_tiling)
-            if lower == (None, None):
-                raise BudgetError(
-                    f"max_visual_tokens is {budget}, too few for a text's media even at the lowest resolution and "
-                    f"{self.min_frames} frames a video (min_frames); accepted: more, or fewer media"
-                )
-            image_tiling, video_tiling = lower[0] or image_tiling, lower[1] or video_tiling
-
-    def _within(
-        self,
-        budget: int | None,
-        sizes: Sequence[tuple[int, int]],
-        clips: Sequence["_Clip"],
-        image_tiling: Tiling,
-        video_tiling: Tiling,
-    ) -> MediaPlan | None:
-        """The plan of one text's media at a resolution, with the most frames that fit the budget; None if none do."""
-        images = tuple(image_tiling.plan(*size) for size in sizes)
-
-        def videos(counts: Sequence[int]) -> tuple[VideoPlan, ...]:
-            pairs = zip(clips, counts, strict=True)
-            return tuple(self._video_plan(*c.size, _thinned(c.times_s, count), video_tiling) for c, count in pairs)
-
-        def plan(counts: Sequence[int]) -> MediaPlan:
-            return MediaPlan(images, videos(counts), image_tiling, video_tiling)
-
-        counts: list[int] | None = [len(clip.times_s) for clip in clips]
-        if budget is not None and counts is not None:
-            counts = most_frames(counts, self.min_frames, lambda some: plan(some).tokens <= budget)
-        return None if counts is None else plan(counts)
+        texts = list(zip(sizes, clips, strict=True))
+        return plan_texts(texts, image_tiling, video_tiling, self._video_plan, budget, self.min_frames)
 
     def _video_plan(self, height: int, width: int, times_s: np.ndarray, tiling: Tiling) -> VideoPlan:
         """The plan of a video of frames of height × width pixels, shown at times_s."""
@@ -450,13 +358,13 @@ class FoveateProcessor(ProcessorMixin):
         text += self.video_token * newline
         return VideoPlan(times_s, size, frame.grid, frame.tile, tokens, text, tokens * len(times) + newline)
 
-    def _clip(self, video: Any, limits: MediaLimits, sampled: bool) -> "_Clip":
+    def _clip(self, video: Any, limits: MediaLimits, sampled: bool) -> Clip:
         """A video with what its plan needs; `sampled` leaves files undecoded until their plan is made."""
         wanted = video if isinstance(video, VideoSource) else VideoSource(video)
         source, count = wanted.source, wanted.num_frames
         if isinstance(source, Video):
             frames = source.frames
-            return _Clip(wanted, (frames.shape[1], frames.shape[2]), source.timestamps_s, source)
+            return Clip(wanted, (frames.shape[1], frames.shape[2]), source.timestamps_s, source)
         sampling: dict[str, Any] = {
             "fps": wanted.fps,
             "start_s": wanted.start_s,
@@ -472,12 +380,12 @@ class FoveateProcessor(ProcessorMixin):
         if sampled:
             info, times_s = sample_video(source, num_frames=count, **sampling)
             assert info is not None  # only arrays and lists have none
-            return _Clip(wanted, (info.height, info.width), times_s, None)
+            return Clip(wanted, (info.height, info.width), times_s, None)
         size = self.video_size if self.resample == Image.Resampling.BICUBIC else None  # what decoding resizes with
         loaded = load_video(source, num_frames=count, size=size, backend=self.video_backend, **sampling)
-        return _Clip(wanted, (loaded.frames.shape[1], loaded.frames.shape[2]), loaded.timestamps_s, loaded)
+        return Clip(wanted, (loaded.frames.shape[1], loaded.frames.shape[2]), loaded.timestamps_s, loaded)
 
-    def _frames(self, clip: "_Clip", plan: VideoPlan, tiling: Tiling, limits: MediaLimits) -> np.ndarray:
+    def _frames(self, clip: Clip, plan: VideoPlan, tiling: Tiling, limits: MediaLimits) -> np.ndarray:
         """The frames of a plan, uint8 [tiles, height, width, 3]."""
         if clip.loaded is None:
             size = plan.size if self.resample == Image.Resampling.BICUBIC else None  # what decoding resizes with
@@ -485,9 +393,9 @@ class FoveateProcessor(ProcessorMixin):
             loaded = load_video(clip.wanted.source, times_s=plan.times_s, size=size, backend=backend, limits=limits)
             frames = loaded.frames
         else:
-            frames = _thinned(clip.loaded.frames, plan.frames)
+            frames = thinned(clip.loaded.frames, plan.frames)
         if tiling.scheme != "native":
-            return frames if frames.shape[1:3] == plan.size else to_tiles(list(frames), plan.size, self.resample)
+            return frames if frames.shape[1:3] == plan.size else to_tiles(frames, plan.size, self.resample)
         one = tiling.plan(*clip.size)
         return np.concatenate([tiling.cut(frame, one, self.resample) for frame in frames])
 
@@ -518,7 +426,7 @@ class FoveateProcessor(ProcessorMixin):
         return [self._cut(*one, limits) for one in zip(plans, pictures, clips, strict=True)]
 
     def _cut(
-        self, plan: MediaPlan, images: Sequence[Image.Image], clips: Sequence["_Clip"], limits: MediaLimits
+        self, plan: MediaPlan, images: Sequence[Image.Image], clips: Sequence[Clip], limits: MediaLimits
     ) -> MediaTiles:
         tiling = plan.image_tiling
         tiles = [tiling.cut(*one, self.resample) for one in zip(images, plan.images, strict=True)]
@@ -705,31 +613,6 @@ class FoveateProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         images = ["pixel_values", "image_grids", "image_sizes", "image_queries"]
         return [*self.tokenizer.model_input_names, *images, "pixel_values_videos", "video_grids", "video_queries"]
-
-
-@dataclass(frozen=True)
-class _Clip:
-    """A video whose frames are known by size and time, decoded or not."""
-
-    wanted: VideoSource
-    size: tuple[int, int]  # (height, width) of its frames
-    times_s: np.ndarray
-    loaded: Video | None
-
-
-def _thinned(frames: np.ndarray, count: int) -> np.ndarray:
-    """So many of the frames (or of their times), evenly, as `sample_indices` takes them."""
-    if count == len(frames):
-        return frames
-    return frames[np.linspace(0, len(frames) - 1, count).round().astype(np.int64)]
-
-
-def _lower(tiling: Tiling) -> Tiling | None:
-    """The next lower resolution; once there are no tiles to lose, fewer queries of projector `resampler`."""
-    lower = tiling.lower()
-    if lower is None and (tiling.tokens_per_tile or 1) > 1:
-        return replace(tiling, tokens_per_tile=int((tiling.tokens_per_tile or 1) * 0.9) or 1)
-    return lower
 
 
 def _is_size(value: Any) -> bool:

@@ -379,7 +379,9 @@ def tokens_per_tile(size: tuple[int, int], patch_size: int, downsample_factor: i
     return -(-rows // downsample_factor) * -(-columns // downsample_factor) + prefix_tokens
 
 
-def to_tiles(images: Sequence[Image.Image | np.ndarray], size: tuple[int, int], resample: int) -> np.ndarray:
+def to_tiles(
+    images: Sequence[Image.Image | np.ndarray] | np.ndarray, size: tuple[int, int], resample: int
+) -> np.ndarray:
     """Resizes each image to one tile; an image of that size already is taken as it is.
 
     Args:

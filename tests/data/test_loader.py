@@ -23,7 +23,8 @@ from foveate.data.loader import (
 )
 from foveate.data.mixture import Mixture
 from foveate.data.packing import collate
-from foveate.vlm.processor import FoveateProcessor, MediaTiles
+from foveate.vlm.planning import MediaTiles
+from foveate.vlm.processor import FoveateProcessor
 
 PACKING = Packing(rows=2, groups=4, tokens=64, tiles=8, window=6, reserve=3)
 

@@ -15,7 +15,8 @@ from foveate.data.packing import Packer, RowFacts, Waiting, choose_rows, collate
 from foveate.train.build import build_model
 from foveate.train.recipe import Recipe
 from foveate.vlm.model import FoveateForConditionalGeneration
-from foveate.vlm.processor import FoveateProcessor, MediaTiles
+from foveate.vlm.planning import MediaTiles
+from foveate.vlm.processor import FoveateProcessor
 from foveate.vlm.tiling import normalise, normalise_tensor
 
 MAX_TOKENS, MAX_TILES = 40, 6

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from foveate.data.glyphs import encode_mp4
-from foveate.vlm.processor import BudgetError, FoveateProcessor, VideoSource
+from foveate.vlm.planning import BudgetError, VideoSource
+from foveate.vlm.processor import FoveateProcessor
 from foveate.vlm.video import most_frames
 
 SCHEMES: dict[str, dict[str, Any]] = {
