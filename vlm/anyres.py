@@ -108,7 +108,7 @@ def video_tokens(frames: int, cells: tuple[int, int]) -> int:
 
 
 def pool_frames(features: torch.Tensor, cells: tuple[int, int]) -> torch.Tensor:
-    """Halves the rows and columns of frames' projected features bilinearly: [frames, tokens, D] to [frames, tokens', D]."""
+    """Halves rows and columns of frames' projected features bilinearly: [frames, tokens, D] to [frames, tokens', D]."""
     frames = features.unflatten(1, cells)  # [frames, rows, columns, D]
     return _bilinear(frames, (-(-cells[0] // 2), -(-cells[1] // 2))).flatten(1, 2)
 

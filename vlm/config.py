@@ -31,6 +31,8 @@ class FoveateConfig(PreTrainedConfig):
             9); None never shrinks it (LLaVA-NeXT).
         video_pool: (t, h, w), the frames, rows and columns of a video's tokens that are averaged to one (NVILA's
             temporal pooling is (8, 1, 1)).
+        token_order: `rows`, or `columns` for VILA-1.5's checkpoints, which read a tile's map column by column (tilings
+            `resize` and `s2` alone).
         vision_feature_layer: index into the tower's hidden states (0 is the embedding output, -1 the last layer
             before the tower's final norm; LLaVA and VILA use -2), or None for the tower's final, normed output.
         vision_feature_select_strategy: `default` keeps the patch features; `full` also keeps what stands before
@@ -57,6 +59,7 @@ class FoveateConfig(PreTrainedConfig):
         thumbnail: bool = True,
         anyres_max_tiles: int | None = 9,
         video_pool: Sequence[int] = (1, 1, 1),
+        token_order: str = "rows",
         vision_feature_layer: int | None = -2,
         vision_feature_select_strategy: str = "default",
         image_token_id: int | None = None,
@@ -84,6 +87,13 @@ class FoveateConfig(PreTrainedConfig):
             raise ValueError(
                 f"tiling 'anyres' has its own way of pooling; accepted with it: projector linear or mlp2x (it is "
                 f"{projector!r}) and video_pool (1, 1, 1) (it is {tuple(video_pool)})"
+            )
+        if token_order not in ("rows", "columns"):
+            raise ValueError(f"token_order is {token_order!r}; accepted: rows, columns")
+        if token_order == "columns" and (tiling not in ("resize", "s2") or projector == "resampler"):
+            raise ValueError(
+                f"token_order 'columns' is how VILA-1.5 reads one tile; accepted with it: tilings resize and s2 (it is "
+                f"{tiling!r}), and no resampler"
             )
         merge = getattr(self.vision_config, "spatial_merge_size", 1)
         if tiling == "native" and r % merge:
@@ -116,6 +126,7 @@ class FoveateConfig(PreTrainedConfig):
         self.thumbnail = thumbnail
         self.anyres_max_tiles = anyres_max_tiles
         self.video_pool = list(video_pool)
+        self.token_order = token_order
         self.vision_feature_layer = vision_feature_layer
         self.vision_feature_select_strategy = vision_feature_select_strategy
         self.image_token_id = image_token_id

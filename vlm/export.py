@@ -2,7 +2,7 @@
 
 `export(..., format="code")` is exact for every model and asks its users for `trust_remote_code=True`.
 `export(..., format="stock")` needs no remote code, and is refused where no stock architecture computes the same; which
-there are says `stock.py`.
+there are says `stock.py`. `export(..., format="vila")` writes VILA's folders (`vila.py`).
 """
 
 import copy
@@ -36,7 +36,7 @@ def export(
     model: FoveateForConditionalGeneration,
     processor: FoveateProcessor,
     out: str | os.PathLike[str],
-    format: Literal["code", "stock"] = "code",
+    format: Literal["code", "stock", "vila"] = "code",
 ) -> None:
     """Writes model and processor as a directory that transformers loads without this package.
 
@@ -44,12 +44,14 @@ def export(
         model: any model of ours; it is not changed.
         processor: the one that it was trained with.
         out: a directory that is made; it must not exist, or be empty.
-        format: `code` (see `export_with_code`) or `stock` (see `export_stock`).
+        format: `code` (see `export_with_code`), `stock` (see `export_stock`) or `vila` (see `to_vila`).
 
     Raises:
-        ExportError: `out` holds files already, or `stock` can't express the model. Nothing is left in `out`.
+        ExportError: `out` holds files already, or the format can't express the model. Nothing is left in `out`.
     """
-    writers = {"code": export_with_code, "stock": export_stock}
+    from .vila import to_vila  # which imports this module
+
+    writers = {"code": export_with_code, "stock": export_stock, "vila": to_vila}
     if format not in writers:
         raise ExportError(f"format is {format!r}; accepted: {', '.join(writers)}")
     writers[format](model, processor, out)

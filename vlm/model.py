@@ -5,8 +5,6 @@ arXiv 2312.07533). The tower is any transformers vision model, the LLM any trans
 """
 
 import inspect
-import math
-from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
@@ -24,20 +22,16 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
-from . import anyres
 from .config import FoveateConfig
 from .processor import add_media_tokens
-from .projector import Projector, average_pool
+from .projector import Projector
 from .resampler import Resampler
-from .tiling import Grid, grid_levels, merge_scales, merge_tiles
-from .tower import run_native_tower, run_tower
+from .vision import VisionEncoder
 
 # Inputs that only the first forward of a generation takes: afterwards their tokens are in the KV cache.
 IMAGE_INPUTS = ("pixel_values", "image_grids", "image_sizes", "image_queries")
 VIDEO_INPUTS = ("pixel_values_videos", "video_grids", "video_queries")
 MEDIA_INPUTS = (*IMAGE_INPUTS, *VIDEO_INPUTS, "image_features", "video_features")
-
-TOWER_BATCH = 32  # tiles that the tower takes at a time where no gradients are wanted: what bounds its memory
 
 
 class FoveatePreTrainedModel(PreTrainedModel):
@@ -133,6 +127,12 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         self.config.text_config.vocab_size = self.language_model.config.vocab_size
         return embeddings
 
+    @property
+    def vision(self) -> VisionEncoder:
+        """Tower, merging of tiles and projector as one."""
+        newline = self.image_newline if self.config.tiling == "anyres" else None
+        return VisionEncoder(self.vision_tower, self.multi_modal_projector, self.config, newline)
+
     def encode_images(
         self,
         pixel_values: torch.Tensor,
@@ -140,39 +140,8 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         image_sizes: torch.Tensor | None = None,
         image_queries: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
-        """What the LLM reads of each image, [tokens, D], by tower, merging of tiles, and projector.
-
-        Args:
-            pixel_values: [tiles of all images, 3, height, width]; with tiling `native` [patches of all images, 3,
-                patch, patch].
-            image_grids: [images, 2], (rows, columns) of tiles (`native`: of patches) of the level that is read; None
-                with tiling `resize` alone, whose every tile is an image.
-            image_sizes: [images, 2], each image's own (height, width) in pixels; tiling `anyres` alone needs it.
-            image_queries: [images], the tokens that projector `resampler` gives of a tile; all of them when None.
-
-        Raises:
-            ValueError: an input's shape is not as above.
-        """
-        _check_pixels("pixel_values", pixel_values)
-        tiling = self.config.tiling
-        if tiling == "native":
-            maps = self._native_maps(pixel_values, _pairs("image_grids", image_grids))
-            images = [tokens[None] for tokens in self.multi_modal_projector.forward_maps(maps)]
-        elif tiling == "resize":
-            images = list(self.multi_modal_projector(*self._tower(pixel_values)).split(1))
-        elif tiling == "tiles":
-            grids = _pairs("image_grids", image_grids)
-            counts = [
-                sum(map(math.prod, grid_levels(tiling, grid, self.config.scales, self.config.thumbnail)))
-                for grid in grids
-            ]
-            _check_tiles("image_grids", pixel_values, sum(counts))
-            images = list(self.multi_modal_projector(*self._tower(pixel_values)).split(counts))
-        elif tiling == "anyres":
-            images = self._anyres(pixel_values, _pairs("image_grids", image_grids), _pairs("image_sizes", image_sizes))
-        else:
-            images = self._scaled(pixel_values, _pairs("image_grids", image_grids))
-        return [tokens.flatten(0, 1) for tokens in _first_queries("image_queries", image_queries, images)]
+        """What the LLM reads of each image, [tokens, D]; see `VisionEncoder.encode_images`."""
+        return self.vision.encode_images(pixel_values, image_grids, image_sizes, image_queries)
 
     def encode_videos(
         self,
@@ -180,115 +149,8 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         video_grids: torch.Tensor | None = None,
         video_queries: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
-        """What the LLM reads of each video, [tokens, D]: every frame is one tile, its tokens pooled as `video_pool`.
-
-        Without gradients the frames go through tower and projector a few at a time.
-
-        Args:
-            pixel_values_videos: [frames of all videos, 3, height, width]; with tiling `native` their patches.
-            video_grids: [videos, 3], (frames, rows, columns) in tiles (`native`: in patches) a frame; None where it
-                does not matter which frames are one video: not pooled over time, tiling not `native` or `anyres`, no
-                numbers of queries.
-            video_queries: [videos], as `image_queries`.
-
-        Raises:
-            ValueError: an input's shape is not as above.
-        """
-        _check_pixels("pixel_values_videos", pixel_values_videos)
-        apart = self.config.tiling in ("native", "anyres") or self.config.video_pool[0] > 1
-        if video_grids is None and video_queries is None and not apart:
-            grids = [(len(pixel_values_videos), 1, 1)]
-        else:
-            grids = [(frames, rows, columns) for frames, rows, columns in _numbers("video_grids", video_grids, 3)]
-        _check_tiles("video_grids", pixel_values_videos, sum(math.prod(grid) for grid in grids))
-        if torch.is_grad_enabled():  # one call for all, so that ranks that share weights call alike
-            videos = [self._pooled(maps) for maps in self._frame_maps(pixel_values_videos, grids)]
-        else:
-            parts = pixel_values_videos.split([math.prod(grid) for grid in grids])
-            videos = [self._encode_video(part, grid) for part, grid in zip(parts, grids, strict=True)]
-        videos = [tokens.flatten(0, 1) for tokens in _first_queries("video_queries", video_queries, videos)]
-        if self.config.tiling == "anyres":
-            videos = [torch.cat([tokens, self.image_newline[None].to(tokens)]) for tokens in videos]
-        return videos
-
-    def _encode_video(self, pixels: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
-        """One video's tokens [groups of frames, tokens, D], in chunks of whole groups."""
-        tiles, group = grid[1] * grid[2], self.config.video_pool[0]
-        chunks = pixels.split(tiles * group * max(1, TOWER_BATCH // group))
-        maps = (self._frame_maps(chunk, [(len(chunk) // tiles, grid[1], grid[2])])[0] for chunk in chunks)
-        return torch.cat([self._pooled(one) for one in maps])
-
-    def _frame_maps(self, pixels: torch.Tensor, grids: Sequence[tuple[int, int, int]]) -> list[torch.Tensor]:
-        """Each video's tokens as maps, [frames, rows, columns, D]; [frames, tokens, 1, D] where they have no grid."""
-        frames = [grid[0] for grid in grids]
-        if self.config.tiling == "native":
-            patches = [(rows, columns) for count, rows, columns in grids for _ in range(count)]
-            projected = iter(self.multi_modal_projector.forward_maps(self._native_maps(pixels, patches)))
-            videos = [torch.stack([next(projected) for _ in range(count)]) for count in frames]
-            sizes = [(rows, columns) for _, rows, columns in grids]
-        else:
-            features, size = self._tower(pixels)
-            features = features.repeat(1, 1, len(self.config.scales))
-            videos = list(self.multi_modal_projector(features, size).split(frames))
-            sizes = [size] * len(videos)
-        return [self._as_map(tokens, size) for tokens, size in zip(videos, sizes, strict=True)]
-
-    def _as_map(self, tokens: torch.Tensor, patches: Grid) -> torch.Tensor:
-        """[tiles, tokens, D] of tiles of (height, width) patches to [tiles, rows, columns, D]."""
-        rows, columns = (-(-side // self.config.downsample_factor) for side in patches)
-        return tokens.unflatten(1, (rows, columns) if tokens.shape[1] == rows * columns else (-1, 1))
-
-    def _pooled(self, maps: torch.Tensor) -> torch.Tensor:
-        """[frames, rows, columns, D] to [groups of frames, tokens, D]."""
-        if self.config.tiling == "anyres":
-            return anyres.pool_frames(maps.flatten(1, 2), (maps.shape[1], maps.shape[2]))
-        t, h, w = self.config.video_pool
-        return (maps if t * h * w == 1 else average_pool(maps, (t, h, w))).flatten(1, 2)
-
-    def _tower(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """[tiles, 3, height, width] to ([tiles, tower tokens, C], grid in patches)."""
-        if torch.is_grad_enabled() or len(pixel_values) <= TOWER_BATCH:
-            return run_tower(self.vision_tower, self.config, pixel_values)
-        parts = [run_tower(self.vision_tower, self.config, part) for part in pixel_values.split(TOWER_BATCH)]
-        return torch.cat([features for features, _ in parts]), parts[0][1]
-
-    def _native_maps(self, patches: torch.Tensor, grids: list[Grid]) -> list[torch.Tensor]:
-        """Patches of images of any grid to their features, [rows, columns, C] each."""
-        _check_tiles("image_grids", patches, sum(math.prod(grid) for grid in grids))
-        if torch.is_grad_enabled():
-            return run_native_tower(self.vision_tower, self.config, patches, torch.tensor(grids))
-        maps, after = [], 0
-        for start in range(0, len(grids), TOWER_BATCH):
-            some = grids[start : start + TOWER_BATCH]
-            before, after = after, after + sum(math.prod(grid) for grid in some)
-            maps += run_native_tower(self.vision_tower, self.config, patches[before:after], torch.tensor(some))
-        return maps
-
-    def _anyres(self, pixel_values: torch.Tensor, grids: list[Grid], sizes: list[Grid]) -> list[torch.Tensor]:
-        """A base tile and an unpadded map with newlines; see `anyres.py`."""
-        counts = [1 + math.prod(grid) for grid in grids]
-        _check_tiles("image_grids", pixel_values, sum(counts))
-        features, cells = self._tower(pixel_values)
-        tokens = self.multi_modal_projector(features, cells).split(counts)
-        most = self.config.anyres_max_tiles
-        images = zip(tokens, grids, sizes, strict=True)
-        return [anyres.pack(one, grid, size, self.image_newline, cells, most)[None] for one, grid, size in images]
-
-    def _scaled(self, pixel_values: torch.Tensor, grids: list[Grid]) -> list[torch.Tensor]:
-        """S²: every scale's tiles are merged to a map, the maps joined by channels, cut again, projected and merged."""
-        levels = [grid_levels(self.config.tiling, grid, self.config.scales) for grid in grids]
-        counts = [sum(rows * columns for rows, columns in of_image) for of_image in levels]
-        _check_tiles("image_grids", pixel_values, sum(counts))
-        features, patches = self._tower(pixel_values)
-        maps = features.unflatten(1, patches).split(counts)
-        images = zip(maps, levels, grids, strict=True)
-        blocks = [merge_scales(one, of_image, grid) for one, of_image, grid in images]
-        tokens = self.multi_modal_projector(torch.cat(blocks).flatten(1, 2), patches)
-        split = tokens.split([math.prod(grid) for grid in grids])
-        if self.config.projector == "resampler":  # its tokens are no map
-            return list(split)
-        maps = [merge_tiles(self._as_map(one, patches), grid) for one, grid in zip(split, grids, strict=True)]
-        return [one.flatten(0, 1)[None] for one in maps]
+        """What the LLM reads of each video, [tokens, D]; see `VisionEncoder.encode_videos`."""
+        return self.vision.encode_videos(pixel_values_videos, video_grids, video_queries)
 
     def get_image_features(
         self,
@@ -403,8 +265,8 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
             position_ids: [batch, tokens].
             past_key_values: KV cache of the tokens before `input_ids`.
             inputs_embeds: instead of `input_ids` [batch, tokens, D]; media must then be scattered already.
-            pixel_values, image_grids, image_sizes, image_queries: all images in order, see `encode_images`.
-            pixel_values_videos, video_grids, video_queries: the frames of all videos in order, see `encode_videos`.
+            pixel_values, image_grids, image_sizes, image_queries: all images in order, see `vision.py`.
+            pixel_values_videos, video_grids, video_queries: the frames of all videos in order, see `vision.py`.
             image_features, video_features: instead of those, what `encode_images` and `encode_videos` gave,
                 concatenated to [tokens, D].
             labels: [batch, tokens], -100 where no loss falls; shifted inside, as in transformers.
@@ -519,37 +381,6 @@ def _as_output(features: list[torch.Tensor]) -> BaseModelOutputWithPooling:
     alike = len({len(one) for one in features}) == 1
     together: Any = torch.stack(features) if alike else tuple(features)
     return BaseModelOutputWithPooling(pooler_output=together)
-
-
-def _check_pixels(name: str, pixels: torch.Tensor) -> None:
-    if pixels.ndim != 4:
-        raise ValueError(f"{name} has shape {tuple(pixels.shape)}; accepted: [tiles, 3, height, width]")
-
-
-def _check_tiles(name: str, pixels: torch.Tensor, tiles: int) -> None:
-    if len(pixels) != tiles:
-        raise ValueError(f"{name} tell of {tiles} tiles, but {len(pixels)} were given; both numbers must be equal")
-
-
-def _pairs(name: str, numbers: torch.Tensor | None) -> list[Grid]:
-    """[images, 2] as tuples."""
-    return [(rows, columns) for rows, columns in _numbers(name, numbers, 2)]
-
-
-def _numbers(name: str, grids: torch.Tensor | None, axes: int) -> list[list[int]]:
-    if grids is None or grids.ndim != 2 or grids.shape[1] != axes:
-        given = "None" if grids is None else f"of shape {tuple(grids.shape)}"
-        raise ValueError(f"{name} is {given}; this model accepts [media, {axes}], as its processor gives them")
-    return grids.tolist()
-
-
-def _first_queries(name: str, queries: torch.Tensor | None, media: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Of each of the media, [tiles, tokens, D], the tokens of the first queries of each tile."""
-    if queries is None:
-        return media
-    if len(queries) != len(media):
-        raise ValueError(f"{name} has {len(queries)} numbers for {len(media)} media; both numbers must be equal")
-    return [one[:, :first] for one, first in zip(media, queries.tolist(), strict=True)]
 
 
 def tower_config(vision: str | PathLike, **source: Any) -> PreTrainedConfig:

@@ -104,6 +104,8 @@ def stock_twin(
     check_head(model.language_model)
     if list(config.video_pool) != [1, 1, 1]:
         raise ExportError(f"video_pool {list(config.video_pool)} has no stock twin; accepted: [1, 1, 1]")
+    if config.token_order != "rows":
+        raise ExportError(f"token_order {config.token_order!r} has no stock twin; accepted: 'rows'")
     if config.projector not in ("mlp2x", "downsample-2x2"):
         raise ExportError(
             f"projector {config.projector!r} has no stock twin: llava, llava_next and llava_onevision need 'mlp2x', "
@@ -160,7 +162,7 @@ def _llava(
 
 
 def _hidden_state(model: FoveateForConditionalGeneration) -> int:
-    """The layer that is read; ExportError unless the tower is run on pixels alone, and one of its hidden states read."""
+    """The layer that is read; ExportError unless the tower is run on pixels alone, and one hidden state of it read."""
     if model.config.vision_config.model_type == "siglip2_vision_model":
         raise ExportError(
             "vision_config siglip2_vision_model has no stock twin with projector 'mlp2x': llava runs its tower on "
@@ -254,10 +256,10 @@ def _anyres(
             num_additional_image_tokens=prefix,
             chat_template=processor.chat_template,
         )
+    if config.video_token_id is None:
+        raise ExportError("video_token_id is None; accepted with llava_onevision: the id of the <video> token")
     ratio = f"anyres_max_{config.anyres_max_tiles}"
-    stock_config = LlavaOnevisionConfig(
-        video_token_index=model.config.video_token_id, vision_aspect_ratio=ratio, **fields
-    )
+    stock_config = LlavaOnevisionConfig(video_token_index=config.video_token_id, vision_aspect_ratio=ratio, **fields)
     stock = _assembled(LlavaOnevisionForConditionalGeneration, stock_config, model, model.vision_tower, layers)
     images = LlavaOnevisionImageProcessorPil(
         size={"height": side, "width": side}, image_grid_pinpoints=pinpoints, **_normalisation(processor)
@@ -308,8 +310,8 @@ def _internvl(
     for name, token in tokens.items():
         if token not in tokenizer.get_vocab():
             raise ExportError(
-                f"{name} {token!r} has no stock twin: internvl puts one token before and one after an image's; accepted: a "
-                "token of the vocabulary"
+                f"{name} {token!r} has no stock twin: internvl puts one token before and one after an image's; "
+                "accepted: a token of the vocabulary"
             )
     text, tied, image_token_id = _text_config(model)
     stock_config = InternVLConfig(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from foveate.vlm import model as model_module
+from foveate.vlm import vision
 from foveate.vlm.media import Video
 from foveate.vlm.model import FoveateForConditionalGeneration
 from foveate.vlm.processor import FoveateProcessor, model_fields
@@ -175,7 +175,7 @@ def test_a_few_tiles_at_a_time_give_the_same_features(tiny: Any, name: str, monk
         torch.float64
     )
     counts = []
-    run = {name: getattr(model_module, name) for name in ("run_tower", "run_native_tower")}
+    run = {name: getattr(vision, name) for name in ("run_tower", "run_native_tower")}
 
     def counted(name: str) -> Any:
         def call(tower: Any, config: Any, pixels: torch.Tensor, *grids: torch.Tensor) -> Any:
@@ -185,8 +185,8 @@ def test_a_few_tiles_at_a_time_give_the_same_features(tiny: Any, name: str, monk
         return call
 
     for function in run:
-        monkeypatch.setattr(model_module, function, counted(function))
-    monkeypatch.setattr(model_module, "TOWER_BATCH", 3)
+        monkeypatch.setattr(vision, function, counted(function))
+    monkeypatch.setattr(vision, "TOWER_BATCH", 3)
     with torch.no_grad():
         chunked = model(**inputs).logits
     assert max(counts) <= 3
@@ -270,3 +270,20 @@ def test_a_video_object_keeps_its_clock(tiny: Any) -> None:
     ids = processor(text="<video>", videos=clip)["input_ids"][0]
     times = processor.tokenizer.convert_tokens_to_ids([f"<|time_{n}|>" for n in range(4)])
     assert [i for i in ids if i in times] == times
+
+
+@pytest.mark.parametrize("options", [{}, S2])
+def test_tokens_column_by_column(tiny: Any, options: dict) -> None:
+    model, processor = made(tiny, **options)
+    frames = np.stack([np.asarray(tiny.image(seed, (16, 32))) for seed in range(2)])
+    inputs = processor(text="<image><video>", images=tiny.image(9), videos=frames, return_tensors="pt").to(
+        torch.float64
+    )
+    images = {k: inputs[k] for k in ("pixel_values", "image_grids") if k in inputs}
+    with torch.no_grad():
+        (rows,), (video,) = model.encode_images(**images), model.encode_videos(inputs["pixel_values_videos"])
+        model.config.token_order = "columns"
+        (columns,), (other,) = model.encode_images(**images), model.encode_videos(inputs["pixel_values_videos"])
+    order = [0, 2, 1, 3]
+    torch.testing.assert_close(columns, rows[order])
+    torch.testing.assert_close(other, video[[*order, *(4 + i for i in order)]])

@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 
 from foveate.data.glyphs import CHAT_TEMPLATE, FRAME_SEPARATOR, glyph_tokenizer
-from foveate.vlm import FoveateConfig, FoveateForConditionalGeneration, FoveateProcessor
-from foveate.vlm import stock
+from foveate.vlm import FoveateConfig, FoveateForConditionalGeneration, FoveateProcessor, stock
 from foveate.vlm.export import ExportError, export
 from foveate.vlm.processor import _prefix_tokens, add_media_tokens
 
@@ -23,6 +22,7 @@ TOWERS: dict[str, dict[str, Any]] = {
     "siglip": {"model_type": "siglip_vision_model", "image_size": 64},
     "siglip2": {"model_type": "siglip2_vision_model", "num_patches": 64, "vision_use_head": False},
     "clip": {"model_type": "clip_vision_model", "image_size": 64},
+    "intern": {"model_type": "internvl_vision", "image_size": 64},
     "registers": {"model_type": "dinov2_with_registers", "image_size": 64, "num_register_tokens": 2},
 }
 TEXT = "what is at a1 ? <image> red circle <video> digit"
@@ -252,7 +252,8 @@ def test_export_with_code_gives_the_same_logits_and_words_without_foveate(
 
 def test_export_with_code_holds_code_weights_and_nothing_of_this_machine(code_export: tuple[Path, Any, Any]) -> None:
     folder, _, _ = code_export
-    modules = {"anyres", "config", "media", "model", "processor", "projector", "resampler", "tiling", "tower", "video"}
+    modules = {"anyres", "config", "media", "model", "planning", "processor", "projector", "resampler"}
+    modules |= {"tiling", "tower", "video", "vision"}
     assert {path.stem for path in (folder / "code").glob("*.py")} == modules
     suffixes = {path.suffix for path in (folder / "code").iterdir()}
     assert suffixes == {".py", ".json", ".jinja", ".safetensors"}
@@ -402,6 +403,29 @@ def test_stock_export_names_the_part_without_a_twin_and_writes_nothing(case: str
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("video_pool", [4, 1, 1], r"video_pool \[4, 1, 1\] has no stock twin; accepted: \[1, 1, 1\]"),
+        ("tiling", "dynamic-s2", "tiling 'dynamic-s2' has no stock twin .*; accepted: resize"),
+        ("token_order", "columns", "token_order 'columns' has no stock twin; accepted: 'rows'"),
+    ],
+)
+def test_stock_export_names_the_field_without_a_twin(field: str, value: Any, message: str, tmp_path: Path) -> None:
+    model, processor = make("siglip", "llama", "downsample-2x2", None)
+    setattr(model.config, field, value)
+    with pytest.raises(ExportError, match=message):
+        export(model, processor, tmp_path / "out", "stock")
+
+
+def test_stock_export_of_internvl_needs_tokens_around_an_image(tmp_path: Path) -> None:
+    model, processor = make("intern", "llama", "downsample-2x2", None)
+    with pytest.raises(
+        ExportError, match=r"start_image_token '' has no stock twin: .*; accepted: a token of the vocab"
+    ):
+        export(model, processor, tmp_path / "out", "stock")
+
+
 def test_stock_export_with_other_logits_is_refused_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = make("siglip", "llama", "downsample-2x2", None)
     converted = stock._siglip_as_siglip2
@@ -439,5 +463,5 @@ def test_export_fills_an_empty_directory(tmp_path: Path) -> None:
 
 def test_export_names_the_formats_it_has(tmp_path: Path) -> None:
     model, processor = make("siglip2", "llama", "downsample-2x2", None)
-    with pytest.raises(ExportError, match="format is 'onnx'; accepted: code, stock"):
+    with pytest.raises(ExportError, match="format is 'onnx'; accepted: code, stock, vila"):
         export(model, processor, tmp_path / "out", "onnx")  # type: ignore[arg-type]
