@@ -60,11 +60,12 @@ def average_pool(features: torch.Tensor, window: tuple[int, int, int]) -> torch.
     Returns:
         [⌈frames / t⌉, ⌈height / h⌉, ⌈width / w⌉, channels].
     """
-    sides = tuple(min(pair) for pair in zip(window, features.shape[:3], strict=True))  # torch takes none that is larger
-    pooled = nn.functional.avg_pool3d(
-        features.permute(3, 0, 1, 2), sides, stride=sides, ceil_mode=True, count_include_pad=False
-    )
-    return pooled.permute(1, 2, 3, 0)
+    for axis, size in enumerate(window):  # a mean of means: along one axis all windows hold equally many
+        whole = features.shape[axis] // size * size
+        first, last = features.narrow(axis, 0, whole), features.narrow(axis, whole, features.shape[axis] - whole)
+        means = [first.unflatten(axis, (-1, size)).mean(axis + 1)] if whole else []
+        features = torch.cat([*means, *([last.mean(axis, keepdim=True)] if last.shape[axis] else [])], axis)
+    return features
 
 
 class Projector(nn.Module):

@@ -1,6 +1,8 @@
 """The model on a GPU in bf16, against the CPU in fp32."""
 
+import copy
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
@@ -19,12 +21,27 @@ ATTENTION = [
 ]
 
 
-def make_model() -> FoveateForConditionalGeneration:
+TOWERS = {
+    "siglip_vision_model": {"image_size": 112},
+    "siglip2_vision_model": {"num_patches": 64, "vision_use_head": False},
+}
+TILINGS = {
+    "s2": {"tiling": "s2", "s2_scales": [112, 224]},
+    "dynamic-s2": {"tiling": "dynamic-s2", "s2_scales": [112, 224], "projector": "downsample-3x3"},
+    "tiles": {"tiling": "tiles", "projector": "pool-2x2"},
+    "anyres": {"tiling": "anyres", "projector": "mlp2x"},
+    "native": {"tiling": "native"},
+    "resampler": {"tiling": "tiles", "projector": "resampler", "resampler_tokens": 20},
+    "pooled": {"tiling": "native", "video_pool": (2, 2, 1)},
+}
+
+
+def make_model(tower: str = "siglip_vision_model", **options: Any) -> FoveateForConditionalGeneration:
     torch.manual_seed(0)
     config = FoveateConfig(
         vision_config={
-            "model_type": "siglip_vision_model", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
-            "num_attention_heads": 4, "image_size": 112, "patch_size": 14,
+            "model_type": tower, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "patch_size": 14, **TOWERS[tower],
         },
         text_config={
             "model_type": "qwen2", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
@@ -33,6 +50,7 @@ def make_model() -> FoveateForConditionalGeneration:
         },
         image_token_id=IMAGE,
         video_token_id=VIDEO,
+        **options,
     )  # fmt: skip
     return FoveateForConditionalGeneration(config).eval()
 
@@ -83,6 +101,31 @@ def test_bf16_forward_and_backward_on_cuda_equal_fp32_on_cpu(attention: str) -> 
             gradients[name].grad.float().cpu().flatten(), parameter.grad.flatten(), dim=0
         )
         assert cosine > 0.98, name
+
+
+@pytest.mark.parametrize("name", TILINGS)
+def test_bf16_features_of_several_tiles_on_cuda_equal_fp32_on_cpu(name: str) -> None:
+    native = TILINGS[name]["tiling"] == "native"
+    reference = make_model("siglip2_vision_model" if native else "siglip_vision_model", **TILINGS[name])
+    grids = torch.tensor([[8, 10], [6, 4]] if native else [[2, 2], [1, 3]])
+    tiles = {"s2": 2 * 5, "native": 104, "pooled": 104}.get(name, 2 + 4 + 3)  # a tile of another scale for each image
+    side, frames = (14, 3 * 24) if native else (112, 3)
+    generator = torch.Generator().manual_seed(1)
+    images = {"pixel_values": torch.randn(tiles, 3, side, side, generator=generator), "image_grids": grids}
+    if name == "anyres":
+        images["image_sizes"] = torch.tensor([[200, 210], [100, 300]])
+    video_grids = torch.tensor([[3, 6, 4]] if native else [[3, 1, 1]])
+    videos = {
+        "pixel_values_videos": torch.randn(frames, 3, side, side, generator=generator),
+        "video_grids": video_grids,
+    }
+    model = copy.deepcopy(reference).to("cuda", torch.bfloat16)
+    with torch.no_grad():
+        expected = [*reference.encode_images(**images), *reference.encode_videos(**videos)]
+        found = [*model.encode_images(**on("cuda", images)), *model.encode_videos(**on("cuda", videos))]
+    for one, other in zip(found, expected, strict=True):
+        assert one.is_cuda and one.dtype == torch.bfloat16
+        assert relative_error(one, other) < 0.03
 
 
 @pytest.mark.parametrize("beams", [1, 3])

@@ -156,6 +156,13 @@ def test_maps_of_any_sizes_are_projected_as_each_alone(name: str) -> None:
         torch.testing.assert_close(together, projector(one.flatten(0, 1)[None], grid)[0])
 
 
+def test_average_pool_takes_bf16() -> None:
+    x = torch.randn(3, 2, 2, 4)
+    torch.testing.assert_close(
+        average_pool(x.bfloat16(), (2, 2, 1)).float(), average_pool(x, (2, 2, 1)), rtol=0.02, atol=0.02
+    )
+
+
 @pytest.mark.parametrize("window", [(1, 1, 1), (2, 1, 1), (4, 2, 3), (8, 1, 1), (3, 5, 5)])
 def test_average_pool_averages_what_each_window_holds(window: tuple[int, int, int]) -> None:
     x = torch.randn(7, 4, 5, 2, dtype=torch.float64)
