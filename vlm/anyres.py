@@ -1,7 +1,7 @@
 """AnyRes: an image as one low-resolution tile, then a grid of tiles that keeps its aspect ratio.
 
 LLaVA-NeXT's way ("LLaVA-NeXT: Improved reasoning, OCR, and world knowledge", 2024) and LLaVA-OneVision's (arXiv
-2408.03326, section 3.2 and figure 3). Of a list of grids the one is taken that keeps most of the image's pixels. The
+2408.03326, section 3.2). Of a list of grids the one is taken that keeps most of the image's pixels. The
 image is resized into the grid, its aspect ratio kept, and padded; after the projector the padding is cut off again, and
 a learned newline ends each row of the map. OneVision shrinks a map of more than `max_tiles` tiles' worth of tokens, and
 pools video frames 2×2.

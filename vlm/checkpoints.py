@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from .config import FoveateConfig
 from .export import written_whole
@@ -115,19 +115,16 @@ def from_hf(
         CheckpointError: another model type, or a field that has no counterpart here; the message names it.
         OSError: nothing is there.
     """
+    if (model_type := read_config(source).get("model_type")) not in READERS:
+        raise CheckpointError(f"model_type is {model_type!r}; accepted: {', '.join(READERS)}, or VILA's layout")
     stock_config = AutoConfig.from_pretrained(source)
-    if stock_config.model_type not in READERS:
-        raise CheckpointError(f"model_type is {stock_config.model_type!r}; accepted: {', '.join(READERS)}, or VILA's")
+    if getattr(stock_config, "quantization_config", None):
+        raise CheckpointError("quantization_config is set; accepted: weights that aren't quantized")
     tokenizer = AutoTokenizer.from_pretrained(source)
     settings, _ = ImageProcessingMixin.get_image_processor_dict(source)  # its class may want torchvision
     written, _ = ProcessorMixin.get_processor_dict(source)
     fields, options, layers = READERS[stock_config.model_type](stock_config, settings, written, tokenizer)
-    loaded: Any = AutoModelForImageTextToText.from_pretrained(
-        source, dtype=dtype, use_safetensors=True, output_loading_info=True
-    )
-    stock, loading = loaded
-    if problems := {kind: sorted(map(str, names)) for kind, names in loading.items() if names}:
-        raise CheckpointError(f"weights of {source} don't fit its own model type {stock_config.model_type}: {problems}")
+    stock = loaded_whole(AutoModelForImageTextToText, source, dtype)
     options["chat_template"] = written.get("chat_template") or tokenizer.chat_template
     tied = stock.lm_head.weight is stock.get_input_embeddings().weight
     text = stock.model.language_model.config
@@ -163,6 +160,33 @@ def from_hf(
         raise CheckpointError(f"weights don't fit: {', '.join(wrong[:5])} (of {len(wrong)})")
     model.generation_config = stock.generation_config
     return checked(model), processor
+
+
+def loaded_whole(
+    auto: Any, source: str | PathLike[str], dtype: str | torch.dtype, ignored: str | None = None, **options: Any
+) -> Any:
+    """A model of transformers from safetensors, all of whose weights were there, and no others.
+
+    Args:
+        auto: the class that loads it.
+        source, dtype: as in `load`.
+        ignored: weights whose names hold this may be there; they are not loaded.
+        **options: of `from_pretrained`.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it would warn of is raised here
+    try:
+        model, loading = auto.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    problems = {kind: sorted(map(str, names)) for kind, names in loading.items()}
+    if ignored is not None:
+        problems["unexpected_keys"] = [name for name in problems["unexpected_keys"] if ignored not in name]
+    if problems := {kind: names for kind, names in problems.items() if names}:
+        raise CheckpointError(f"weights of {source} don't fit its config.json: {problems}")
+    return model.eval()
 
 
 def checked(model: FoveateForConditionalGeneration) -> FoveateForConditionalGeneration:

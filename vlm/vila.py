@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, ImagePr
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from .checkpoints import CheckpointError, Fields, checked, prefix_tokens
+from .checkpoints import CheckpointError, Fields, checked, loaded_whole, prefix_tokens
 from .config import FoveateConfig
 from .export import written_whole
 from .model import FoveateForConditionalGeneration, tower_config
@@ -72,13 +72,15 @@ def from_vila(
     parts = {part: _part(folder, part) for part in PARTS}
     if "quantization_config" in _json(parts["llm"] / "config.json"):
         raise CheckpointError("quantization_config of llm/ is set; accepted: weights that aren't quantized")
+    if (model_type := _json(parts["vision_tower"] / "config.json").get("model_type")) not in TOWERS:
+        raise CheckpointError(f"model_type of vision_tower/ is {model_type!r}; accepted: {', '.join(TOWERS)}")
     vision = tower_config(parts["vision_tower"])
     fields, options = _read(config, vision, _json(parts["mm_projector"] / "config.json"))
     if dtype == "auto" and config.get("model_dtype"):
         dtype = getattr(torch, str(config["model_dtype"]).removeprefix("torch."))
     # The pooling head of SigLIP is not read by VILA either, and left out.
-    tower = _loaded(AutoModel, parts["vision_tower"], dtype, config=vision, ignored="head.")
-    llm = _loaded(AutoModelForCausalLM, parts["llm"], dtype)
+    tower = loaded_whole(AutoModel, parts["vision_tower"], dtype, config=vision, ignored="head.")
+    llm = loaded_whole(AutoModelForCausalLM, parts["llm"], dtype)
     tokenizer = AutoTokenizer.from_pretrained(parts["llm"])
     settings, _ = ImageProcessingMixin.get_image_processor_dict(parts["vision_tower"])
     options |= {name: settings[name] for name in ("image_mean", "image_std")}
@@ -151,6 +153,7 @@ def _entries(model: FoveateForConditionalGeneration, processor: FoveateProcessor
     fits = {
         "vision_config": (config.vision_config.model_type in TOWERS, " or ".join(TOWERS)),
         "projector": (config.projector in KINDS, ", ".join(KINDS)),
+        "token_order": (not columns or config.projector == "downsample-2x2", "'columns' with 'downsample-2x2' alone"),
         "tiling": (config.tiling in ("resize", "s2", "dynamic-s2", "tiles"), "resize, s2, dynamic-s2, tiles"),
         "vision_feature_layer": (config.vision_feature_layer is not None, "a layer's index"),
         "image_size": (processor.image_size == (side, side), f"the tower's {(side, side)}"),
@@ -225,8 +228,6 @@ def _read(config: Fields, vision: PreTrainedConfig, projector: Fields) -> tuple[
     for key, accepted in PLAIN.items():
         if (value := config.get(key)) is not None and value not in accepted:
             raise CheckpointError(f"{key} is {value!r}; accepted: {', '.join(map(str, (*accepted, None)))}")
-    if vision.model_type not in TOWERS:
-        raise CheckpointError(f"model_type of vision_tower/ is {vision.model_type!r}; accepted: {', '.join(TOWERS)}")
     if config.get("vision_resolution") not in (None, -1, vision.image_size):
         raise CheckpointError(
             f"vision_resolution is {config['vision_resolution']}; accepted: the tower's {vision.image_size}, or -1"
@@ -357,16 +358,6 @@ def _part(folder: Path, part: str) -> Path:
             "safetensors.torch.save_file"
         )
     return path
-
-
-def _loaded(auto: Any, path: Path, dtype: str | torch.dtype, ignored: str | None = None, **options: Any) -> Any:
-    model, loading = auto.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
-    problems = {kind: sorted(map(str, names)) for kind, names in loading.items() if names}
-    if ignored is not None:
-        problems["unexpected_keys"] = [name for name in problems.get("unexpected_keys", []) if ignored not in name]
-    if problems := {kind: names for kind, names in problems.items() if names}:
-        raise CheckpointError(f"weights of {path} don't fit its config.json: {problems}")
-    return model.eval()
 
 
 def _load_projector(projector: nn.Module, path: Path, kind: str, dtype: torch.dtype) -> None:

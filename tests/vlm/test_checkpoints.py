@@ -402,6 +402,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"vision_feature_select_strategy": "default"},
         "vision_feature_select_strategy is 'default'.*accepted with it: 'full'",
     ),
+    "quantized": (llava, {"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantization_config is set"),
     "token": (llava, {"image_token_index": 3}, "image_token_id is 3, but the tokenizer gives <image>"),
 }
 
@@ -439,6 +440,6 @@ def test_settings_of_the_image_processor_are_named(
 
 
 def test_other_models_are_named(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
-    with pytest.raises(CheckpointError, match="model_type is 'qwen2'; accepted: llava, llava_next"):
+    (tmp_path / "config.json").write_text('{"model_type": "internvl_chat"}')  # not transformers' own
+    with pytest.raises(CheckpointError, match="model_type is 'internvl_chat'; accepted: llava, llava_next"):
         load(tmp_path)

@@ -400,6 +400,15 @@ def test_pickled_weights_are_not_opened(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_other_towers_are_named(tmp_path: Path) -> None:
+    vila(tmp_path, "linear")
+    (tmp_path / "vision_tower" / "config.json").write_text('{"model_type": "intern_vit_6b"}')  # VILA-1.5-40b's
+    with pytest.raises(
+        CheckpointError, match="model_type of vision_tower/ is 'intern_vit_6b'; accepted: siglip_vision"
+    ):
+        load(tmp_path)
+
+
 def test_missing_weights_of_the_llm_are_named(tmp_path: Path) -> None:
     vila(tmp_path, "linear")
     weights = load_file(tmp_path / "llm" / "model.safetensors")
