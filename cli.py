@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import sys
 import time
 from enum import StrEnum
@@ -49,6 +50,7 @@ ModelArgument = Annotated[
 class ExportFormat(StrEnum):
     code = "code"
     stock = "stock"
+    vila = "vila"
 
 
 class EvalTask(StrEnum):
@@ -59,6 +61,16 @@ class Split(StrEnum):
     train = "train"
     dev = "dev"
     test = "test"
+
+
+def _seconds(text: str) -> float:
+    """`1:02:03.5`, `2:03.5` or `123.5` in seconds."""
+    parts = text.split(":")
+    whole, last = parts[:-1], parts[-1]
+    numbers = len(parts) <= 3 and all(part.isdecimal() for part in whole) and re.fullmatch(r"\d+(\.\d*)?|\.\d+", last)
+    if not numbers or any(float(part) >= 60 for part in parts[1:]):
+        raise typer.BadParameter(f"{text!r}: accepted: [[hours:]minutes:]seconds, such as 90, 1:30 or 0:01:30.5")
+    return sum(float(part) * 60**place for place, part in enumerate(reversed(parts)))
 
 
 @app.command()
@@ -116,6 +128,33 @@ def train(
         done = f"stopped by a signal and saved; --resume goes on with {folder}"
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
         console.print(done, soft_wrap=True)
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or path of a YAML file.", metavar="RECIPE")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes, as of `train`.", metavar="[KEY=VALUE]...")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that train together.")] = 8,
+    gpu: Annotated[str, typer.Option(help="Their kind, such as H100 or A100.")] = "H100",
+    mfu: Annotated[float, typer.Option(help="Share of their operations that a step is taken to use.")] = 0.4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Tell what a recipe will take: parameters, tokens, operations, memory of a GPU, time. Nothing is loaded."""
+    from dataclasses import asdict
+
+    from .train.plan import plan as make_plan
+    from .train.plan import print_plan
+    from .train.recipe import load_recipe
+
+    _quiet_libraries()
+    made = make_plan(load_recipe(recipe, overrides or []), gpus, gpu, mfu)
+    if as_json:
+        print(json.dumps(asdict(made), indent=1))
+    else:
+        terminal = Console().is_terminal
+        print_plan(made, Console(width=None if terminal else 140))  # a file has no width
 
 
 @app.command()
@@ -183,6 +222,16 @@ def ask(
     frames: Annotated[
         int | None, typer.Option(min=1, help="Frames to take of each video. Default: the model's own.")
     ] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames to take of each second of video, instead.")] = None,
+    start_s: Annotated[
+        float | None, typer.Option("--from", parser=_seconds, metavar="[[H:]M:]S", help="Where videos begin.")
+    ] = None,
+    end_s: Annotated[
+        float | None, typer.Option("--to", parser=_seconds, metavar="[[H:]M:]S", help="Where videos end.")
+    ] = None,
+    max_visual_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of all media: fewer frames, then a lower resolution, until they fit.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print answer, tokens and seconds as JSON.")] = False,
 ) -> None:
@@ -190,12 +239,18 @@ def ask(
     paths, question = _split_question(media_and_question or [])
     if as_json and question is None:
         raise typer.BadParameter("--json needs a question")
+    if frames is not None and fps is not None:
+        raise typer.BadParameter(f"--frames {frames} and --fps {fps}: only one of them is accepted")
+    if end_s is not None and end_s <= (start_s or 0):
+        raise typer.BadParameter(f"--from {start_s or 0} s and --to {end_s} s: the end must be after the beginning")
     from .vlm.chat import Chat, load_media
 
     began = time.perf_counter()
     loaded, processor = _load(model)
     after_load = time.perf_counter()
-    chat = Chat(loaded, processor, [load_media(path, frames, processor) for path in paths])
+    clip: dict[str, float | None] = {"fps": fps, "start_s": start_s, "end_s": end_s}
+    media = [load_media(path, frames, processor, **clip) for path in paths]
+    chat = Chat(loaded, processor, media, max_visual_tokens)
     media_s = time.perf_counter() - after_load
 
     def show(text: str) -> None:
@@ -225,6 +280,36 @@ def ask(
     )
 
 
+@app.command("import")
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Folder or Hugging Face name of a LLaVA (1.5, NeXT, OneVision) or InternVL model, or a folder in "
+            "VILA's layout.",
+            metavar="SOURCE",
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write; new or empty.", metavar="OUT")],
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32. Default: as the checkpoint says.")
+    ] = None,
+) -> None:
+    """Write a checkpoint of others as a model of this package."""
+    _check_folder(source)
+    if dtype not in (None, "bfloat16", "float16", "float32"):
+        raise typer.BadParameter(f"--dtype {dtype}: accepted: bfloat16, float16, float32")
+    _quiet_libraries()
+    from .vlm.checkpoints import import_checkpoint
+
+    model, processor = import_checkpoint(source, out, dtype or "auto")
+    config, tokens = model.config, processor.tokens_per_image()
+    print(
+        f"{config.vision_config.model_type} > {config.projector} > {config.text_config.model_type}, tiling "
+        f"{config.tiling}, {tokens:,} tokens for an image of one tile, in {out}"
+    )
+
+
 @app.command()
 def export(
     model: ModelArgument,
@@ -232,7 +317,8 @@ def export(
     format: Annotated[
         ExportFormat,
         typer.Option(
-            help="code: with this project's model code (trust_remote_code). stock: an architecture of transformers."
+            help="code: with this project's model code (trust_remote_code). stock: an architecture of transformers. "
+            "vila: VILA's folders."
         ),
     ] = ExportFormat.code,
 ) -> None:
@@ -263,14 +349,19 @@ def evaluate(
 
 def _load(model: str, device: str | None = None) -> "tuple[FoveateForConditionalGeneration, FoveateProcessor]":
     """Loads a model from a folder or by name."""
-    if not os.path.isdir(model) and (
-        os.path.exists(model) or model.startswith((".", "/", "~")) or model.count("/") > 1
-    ):
-        raise typer.BadParameter(f"{model}: no such folder")
+    _check_folder(model)
     _quiet_libraries()
     from .vlm.chat import load_model
 
     return load_model(model, device)
+
+
+def _check_folder(model: str) -> None:
+    """Raises where a model is named that is no folder and can be no name."""
+    if not os.path.isdir(model) and (
+        os.path.exists(model) or model.startswith((".", "/", "~")) or model.count("/") > 1
+    ):
+        raise typer.BadParameter(f"{model}: no such folder")
 
 
 def _quiet_libraries() -> None:

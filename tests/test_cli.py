@@ -24,9 +24,22 @@ COMMANDS = {
     "convert": ["CHECKPOINT", "OUT"],
     "report": ["RUN", "--out"],
     "data": ["make", "index", "verify", "inspect", "stats", "prune"],
-    "bench": ["data", "train"],
-    "ask": ["MODEL", "MEDIA", "QUESTION", "--frames", "--max-new-tokens", "--json"],
-    "export": ["MODEL", "OUT", "--format", "code", "stock"],
+    "plan": ["RECIPE", "KEY=VALUE", "--gpus", "--gpu", "--mfu", "--json"],
+    "bench": ["data", "train", "media", "encode"],
+    "ask": [
+        "MODEL",
+        "MEDIA",
+        "QUESTION",
+        "--frames",
+        "--fps",
+        "--from",
+        "--to",
+        "--max-visual-tokens",
+        "--max-new-tokens",
+        "--json",
+    ],
+    "import": ["SOURCE", "OUT", "--dtype"],
+    "export": ["MODEL", "OUT", "--format", "code", "stock", "vila"],
     "eval": ["MODEL", "--task", "glyphs", "--out", "--n", "--split"],
 }
 FOVEATE = str(Path(sys.executable).with_name("foveate"))
@@ -110,7 +123,7 @@ def test_help_of_a_command_names_its_arguments(foveate: Callable[..., Ran], comm
         (["trian"], "No such command 'trian'"),
         (["train"], "Missing argument 'RECIPE'"),
         (["train", "quickstart", "--fast"], "--fast"),
-        (["train", "nope"], "accepted: nvila, nvila-lite, quickstart"),
+        (["train", "nope"], "nvila-8b, nvila-8b-video, nvila-lite-8b, quickstart"),
         (["train", "missing.yaml"], "missing.yaml: no such file"),
         (["train", "quickstart", "stages.align.steps=0"], "stages.1.steps is 0"),
         (["train", "quickstart", "sedd=1"], "sedd is 1"),
@@ -279,6 +292,30 @@ def test_export_can_be_loaded_again(foveate: Callable[..., Ran], model: Path, pn
     assert ran.code == 0 and f"code export in {tmp_path / 'exported'}" in ran.out
     asked = [foveate("ask", m, png, "what ?", "--max-new-tokens", 3) for m in (model, tmp_path / "exported")]
     assert asked[0].out == asked[1].out
+
+
+def test_a_recipe_is_planned_without_weights(foveate: Callable[..., Ran]) -> None:
+    ran = foveate("plan", "nvila-8b", "--gpus", "64")
+    assert ran.code == 0, ran.err
+    assert "nvila-8b: 8.09 B parameters (tower 413.33 M" in ran.out and "2,304" in ran.out
+    made = json.loads(foveate("plan", "tiny-nvila-8b", "--json").out)
+    assert [stage["name"] for stage in made["stages"]] == ["align", "vision", "pretrain", "sft"]
+    foveate("plan", "nvila-8b", "--gpu", "H1000").assert_user_error("gpu is 'H1000'; accepted: ", "H100")
+
+
+def test_a_model_of_ours_can_be_imported_and_another_is_refused(
+    foveate: Callable[..., Ran], model: Path, tmp_path: Path
+) -> None:
+    ran = foveate("import", model, tmp_path / "again")
+    assert ran.code == 0, ran.err
+    assert "siglip2_vision_model > downsample-2x2 > qwen2, tiling resize" in ran.out
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (model, tmp_path / "again")]
+    assert weights[0] == weights[1]
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    foveate("import", tmp_path / "bert", tmp_path / "out").assert_user_error("model_type is 'bert'; accepted: llava")
+    assert not (tmp_path / "out").exists()
+    foveate("import", "./absent", tmp_path / "out").assert_user_error("./absent: no such folder")
 
 
 def test_eval_writes_its_report(

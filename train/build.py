@@ -52,7 +52,9 @@ def build_config(recipe: ModelRecipe) -> tuple[FoveateConfig, FoveateProcessor]:
         text_config=AutoConfig.from_pretrained(recipe.text),
         **recipe.config_fields,
     )
-    return config, FoveateProcessor.from_parts(recipe.vision, recipe.text, config, **recipe.processor)
+    processor = FoveateProcessor.from_parts(recipe.vision, recipe.text, config, **recipe.processor)
+    config.text_config.vocab_size = max(config.text_config.vocab_size, len(processor.tokenizer))
+    return config, processor
 
 
 def _from_scratch(recipe: ModelRecipe) -> tuple[FoveateConfig, FoveateProcessor]:

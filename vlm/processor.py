@@ -208,13 +208,7 @@ class FoveateProcessor(ProcessorMixin):
         fields = {
             name: settings[name] for name in ("image_mean", "image_std", "resample") if name in settings
         } | options
-        side = getattr(config.vision_config, "image_size", None)
-        if side is None:  # NaFlex towers have no image size, only a number of patches
-            patches = getattr(config.vision_config, "num_patches", 32**2)  # Qwen's towers have neither
-            side = int(patches**0.5) * config.patch_size
-        if config.s2_scales:
-            side = config.s2_scales[0]
-        defaults = {"image_size": (side, side) if isinstance(side, int) else tuple(side), **model_fields(config)}
+        defaults = {"image_size": tile_size(config), **model_fields(config)}
         if missing := {"image_mean", "image_std", "resample"} - set(fields):
             raise ValueError(f"{vision}: the image processor's file has no {', '.join(sorted(missing))}; pass it")
         return cls(AutoTokenizer.from_pretrained(text), **(defaults | fields))
@@ -624,6 +618,17 @@ def _checked_size(name: str, size: Sequence[int], patch_size: int) -> tuple[int,
     if len(size) != 2 or min(size) < patch_size:
         raise ValueError(f"{name} is {size}; accepted: (height, width), each at least patch_size {patch_size}")
     return size[0], size[1]
+
+
+def tile_size(config: FoveateConfig) -> tuple[int, int]:
+    """(height, width) of a tile in pixels: the first S² scale, or the tower's own."""
+    if config.s2_scales:
+        return config.s2_scales[0], config.s2_scales[0]
+    side = getattr(config.vision_config, "image_size", None)
+    if side is None:  # NaFlex towers have a number of patches instead, Qwen's neither
+        patches = getattr(config.vision_config, "num_patches", 32**2)
+        side = int(patches**0.5) * config.patch_size
+    return (side, side) if isinstance(side, int) else (side[0], side[1])
 
 
 def model_fields(config: FoveateConfig) -> dict[str, Any]:

@@ -1,15 +1,24 @@
+from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
+from foveate.data.document import Document, Image, Text, Video
+from foveate.data.encoding import Sample, encode
+from foveate.data.glyphs import glyph_tokenizer
 from foveate.train.acceleration import enable_checkpointing
 from foveate.train.adapters import AdapterSettings, add_adapters, trainable_parameters
 from foveate.train.flops import EVERYTHING, ModelFlops, peak_flops
+from foveate.train.recipe import StageRecipe
+from foveate.train.stages import SampleCost, encoded_tiles
 from foveate.vlm import FoveateConfig, FoveateForConditionalGeneration
+from foveate.vlm.processor import FoveateProcessor, model_fields
 
 TOWERS: dict[str, dict[str, Any]] = {
     "siglip_vision_model": {"image_size": 28, "vision_use_head": False},
@@ -175,6 +184,137 @@ def test_a_window_limits_the_pairs(tokens: int) -> None:
     assert (one.windows, none.windows, every.windows) == ((5, None, 5), (None,) * 3, (5,) * 3)
     hidden = sum(1 for q in range(tokens) for k in range(q + 1) if k <= q - 5)
     assert none.step([tokens]).forward - one.step([tokens]).forward == 2 * 4 * 48 * hidden
+
+
+# Tiles, scales, pools
+
+
+def count_media(config: FoveateConfig, trains: Collection[str], **media: torch.Tensor) -> tuple[float, float, int]:
+    """PyTorch's count of a training step on media alone, forward and backward, and the tokens that the LLM reads."""
+    model = make_model(config)
+    model.requires_grad_(False)
+    for named in trainable_parameters(model, list(trains)).values():
+        for _, parameter in named:
+            parameter.requires_grad_(True)
+    with FlopCounterMode(display=False) as forward, sdpa_kernel(SDPBackend.MATH):
+        features = [
+            torch.cat(encode(media[pixels], *(media[name] for name in (f"{kind}_grids",) if name in media)))
+            for kind, pixels, encode in (
+                ("image", "pixel_values", model.encode_images),
+                ("video", "pixel_values_videos", model.encode_videos),
+            )
+            if pixels in media
+        ]
+        embeds = torch.cat(features)[None]
+        loss = model.language_model(inputs_embeds=embeds, use_cache=False).logits.sum()
+    with FlopCounterMode(display=False) as backward, sdpa_kernel(SDPBackend.MATH):
+        loss.backward()
+    rotary = [sum(ops.values()) for name, ops in forward.get_flop_counts().items() if name.endswith(".rotary_emb")]
+    return forward.get_total_flops() - sum(rotary), backward.get_total_flops(), embeds.shape[1]
+
+
+def hidden_pairs(config: FoveateConfig, tokens: int) -> int:
+    """What eager attention computes for pairs that the causal mask hides."""
+    return config.text_config.num_hidden_layers * 4 * 48 * (tokens**2 - tokens * (tokens + 1) // 2)
+
+
+TRAINED = (["projector"], ["tower", "projector"], ["tower", "projector", "llm"])
+
+
+@pytest.mark.parametrize("trains", TRAINED, ids="+".join)
+@pytest.mark.parametrize(
+    ("options", "grids", "tiles", "blocks", "tokens"),
+    [
+        ({"tiling": "s2", "s2_scales": [28, 56]}, [(1, 1)], 5, 1, 16),
+        ({"tiling": "dynamic-s2", "s2_scales": [28, 56, 84]}, [(3, 3), (3, 4)], 2 * 5 + 9 + 12, 21, 21 * 16),
+        ({"tiling": "tiles"}, [(2, 3), (1, 1)], 7 + 1, 8, 8 * 16),
+        ({"projector": "pool-3x3"}, None, 3, 3, 3 * 9),
+        ({"projector": "downsample-4x4"}, None, 3, 3, 3 * 4),
+        ({"projector": "resampler", "resampler_tokens": 5}, None, 3, 3, 3 * 5),
+        ({"projector": "resampler", "tiling": "s2", "s2_scales": [28, 56]}, [(1, 1)], 5, 1, 256),
+    ],
+    ids=["s2", "dynamic-s2", "tiles", "pool", "4x4", "resampler", "s2-resampler"],
+)
+def test_many_tiles_are_what_pytorch_counts(
+    options: dict[str, Any],
+    grids: list[tuple[int, int]] | None,
+    tiles: int,
+    blocks: int,
+    tokens: int,
+    trains: list[str],
+) -> None:
+    config = make_config(**options)
+    media = {"pixel_values": torch.randn(tiles, 3, 28, 28)}
+    if grids is not None:
+        media["image_grids"] = torch.tensor(grids)
+    forward, backward, read = count_media(config, trains, **media)
+    assert read == tokens
+    step = ModelFlops.from_config(config).step([read], {(28, 28): tiles}, trains, blocks={(28, 28): blocks})
+    # The queries' own layer runs once a call, whatever there is to read; it is not counted.
+    queries = 2 * 48 * 48 * config.resampler_tokens if config.projector == "resampler" else 0
+    assert step.forward == forward - hidden_pairs(config, read) - queries
+    assert step.backward == backward - 2 * hidden_pairs(config, read) - 2 * queries
+
+
+@pytest.mark.parametrize("trains", TRAINED, ids="+".join)
+@pytest.mark.parametrize("options", [{}, {"tiling": "dynamic-s2", "s2_scales": [28, 56]}], ids=["plain", "dynamic-s2"])
+def test_pooled_frames_are_read_by_the_llm_alone(options: dict[str, Any], trains: list[str]) -> None:
+    config = make_config(video_pool=(4, 2, 1), **options)
+    grids = torch.tensor([(9, 1, 1), (4, 1, 1)])
+    media = {"pixel_values_videos": torch.randn(13, 3, 28, 28), "video_grids": grids}
+    forward, backward, read = count_media(config, trains, **media)
+    assert read == (3 + 1) * 2 * 4  # 4x4 tokens a frame; the last group has one frame
+    step = ModelFlops.from_config(config).step([read], {(28, 28): 13}, trains)
+    assert step.forward == forward - hidden_pairs(config, read)
+    assert step.backward == backward - 2 * hidden_pairs(config, read)
+
+
+@pytest.mark.parametrize("trains", TRAINED, ids="+".join)
+def test_an_image_of_its_own_size_is_one_tile(trains: list[str]) -> None:
+    config = make_config("siglip2_vision_model", tiling="native")
+    media = {"pixel_values": torch.randn(24, 3, 4, 4), "image_grids": torch.tensor([(4, 6)])}
+    forward, backward, read = count_media(config, trains, **media)
+    step = ModelFlops.from_config(config).step([read], {(16, 24): 1}, trains)
+    assert read == 6
+    assert step.forward == forward - hidden_pairs(config, read)
+    assert step.backward == backward - 2 * hidden_pairs(config, read)
+
+
+def encode_media(config: FoveateConfig) -> tuple[Sample, FoveateProcessor]:
+    """A document of two images and a clip, as training encodes it."""
+    processor = FoveateProcessor(
+        glyph_tokenizer(), image_size=(28, 28), max_tiles=4, min_patches=4, max_patches=49, **model_fields(config)
+    )
+    images = [Image(np.zeros((height, width, 3), np.uint8)) for height, width in ((40, 60), (30, 30))]
+    clip = Video(np.zeros((5, 20, 30, 3), np.uint8))
+    return encode(Document("key", (*images, clip, Text("a 7", loss=True))), processor), processor
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"tiling": "tiles"}, {"tiling": "dynamic-s2", "s2_scales": [28, 56], "video_pool": (2, 1, 1)}],
+    ids=["resize", "tiles", "dynamic-s2"],
+)
+def test_a_samples_cost_is_what_pytorch_counts_of_its_batch(options: dict[str, Any]) -> None:
+    config = make_config(**options)
+    sample, processor = encode_media(config)
+    parts = ["tower", "projector", "llm"]
+    forward, backward, read = count_media(config, parts, **processor.media_inputs([sample.media]))
+    cost = SampleCost(config, StageRecipe(name="all", steps=1, learning_rates=dict.fromkeys(parts, 1.0), data=["x"]))
+    tiles, blocks = encoded_tiles(config.tiling, sample.media)
+    step = cost.flops.step([read], tiles, parts, blocks=blocks)
+    assert step.forward == forward - hidden_pairs(config, read)
+    assert step.backward == backward - 2 * hidden_pairs(config, read)
+    assert cost(sample) == cost.flops.document(sample.tokens, tiles, parts, sample.loss_tokens, blocks)
+
+
+def test_a_samples_images_of_their_own_size_are_tiles() -> None:
+    config = make_config("siglip2_vision_model", tiling="native")
+    sample, processor = encode_media(config)
+    plans = [processor.plan_image(size) for size in ((40, 60), (30, 30), *[(20, 30)] * 5)]
+    assert len({plan.grid for plan in plans}) > 1
+    tiles, blocks = encoded_tiles("native", sample.media)
+    assert tiles == blocks == Counter((4 * plan.grid[0], 4 * plan.grid[1]) for plan in plans)
 
 
 # Adapters and checkpointing

@@ -106,7 +106,7 @@ WRONG = [
     ("stages=[]", r"stages is \[\]"),
     ("tracking.wandb=maybe", "tracking.wandb is 'maybe'.*offline"),
     ("checkpoint.keep=0", "checkpoint.keep is 0"),
-    ("model.projector=magic", "model.projector is 'magic'.*downsample-2x2"),
+    ("model.projector=magic", "model.projector is 'magic'.*accepted: linear, mlp2x, downsample-RxR"),
     # fields that exclude each other or would have no effect
     ("model.path=somewhere", "model: path excludes vision and text"),
     ("model.text=null", "model: accepted: path alone, or vision and text"),

@@ -21,8 +21,8 @@ from foveate.train.report import write_report
 from foveate.vlm.processor import FoveateProcessor
 
 ROOT = Path(__file__).resolve().parents[2]
-PUBLISHED = ["vila-1.5", "nvila-lite", "nvila"]
-PROCESSES = (8, 16, 32, 64)  # that the published batches are to be shared by
+PUBLISHED = ["vila-1.5-3b", "nvila-lite-8b", "nvila-8b", "nvila-8b-video", "longvila-8b"]
+PROCESSES = {"longvila-8b": (8, 16, 32)}  # that a published batch is to be shared by; the others 64 too
 
 
 def sources_of(recipe: Recipe, stage: StageRecipe) -> list[str]:
@@ -31,8 +31,15 @@ def sources_of(recipe: Recipe, stage: StageRecipe) -> list[str]:
 
 
 def structure(recipe: Recipe) -> list[tuple]:
-    """Of each stage: its name, what trains, and the kinds of data it reads: layouts, videos apart."""
-    kinds = {name: (source.format, source.frames is not None) for name, source in recipe.sources.items()}
+    """Of each stage: its name, what trains, and the kinds of data it reads: layouts, videos apart.
+
+    Plain texts count as chats, of which some are text alone: the tiny data have no others.
+    """
+    layouts = {"text": "chat"}
+    kinds = {
+        name: (layouts.get(source.format, source.format), source.frames is not None)
+        for name, source in recipe.sources.items()
+    }
     return [
         (stage.name, set(stage.learning_rates), {kinds[name] for name in sources_of(recipe, stage)})
         for stage in recipe.stages
@@ -53,7 +60,13 @@ def test_twin_has_the_stages_parts_and_kinds_of_data_of_its_recipe(name: str) ->
     published, twin = load_recipe(name), load_recipe(f"tiny-{name}")
     assert structure(twin) == structure(published)
     assert twin.model.projector == published.model.projector
+    assert twin.model.tiling == published.model.tiling
+    assert len(twin.model.s2_scales or []) == len(published.model.s2_scales or [])
+    assert [side > 1 for side in twin.model.video_pool] == [side > 1 for side in published.model.video_pool]
     assert twin.model.vision_feature_layer == published.model.vision_feature_layer
+    for ours, theirs in zip(twin.stages, published.stages, strict=True):
+        assert (ours.schedule, ours.rope_theta is None) == (theirs.schedule, theirs.rope_theta is None)
+        assert (ours.lora and ours.lora.targets) == (theirs.lora and theirs.lora.targets)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -74,13 +87,49 @@ def test_published_batches_are_what_their_comments_say_and_can_be_shared(name: s
         batch = stage.batch
         assert abs(samples * tokens / batch.tokens - rows) < 1
         assert 2 / 3 < batch.rows * batch.micro_batches / rows < 4 / 3
-        assert all(batch.micro_batches % processes == 0 for processes in PROCESSES)
+        assert all(batch.micro_batches % processes == 0 for processes in PROCESSES.get(name, (8, 16, 32, 64)))
 
 
-def test_nvila_and_nvila_lite_read_the_same_data() -> None:
-    lite, full = load_recipe("nvila-lite"), load_recipe("nvila")
-    assert {n: s.about for n, s in lite.sources.items()} == {n: s.about for n, s in full.sources.items()}
+def test_nvilas_read_the_same_data() -> None:
+    lite, full, video = (load_recipe(name) for name in ("nvila-lite-8b", "nvila-8b", "nvila-8b-video"))
+    assert lite.sources == full.sources
     assert [stage.data for stage in lite.stages] == [stage.data for stage in full.stages]
+    assert [stage.data for stage in video.stages[:4]] == [stage.data for stage in full.stages]
+
+
+# Of the released scripts, and of NVILA's paper (arXiv 2412.04468, section 2.1 and table 8).
+SCRIPTS = {
+    "vila-1.5-3b": [(1e-3, 2048), (5e-5, 512), (1e-4, 1024)],
+    "nvila-lite-8b": [(1e-3, 2048), (5e-5, 1024), (5e-5, 1024), (2e-5, 2048)],
+    "nvila-8b": [(1e-3, 512), (2e-5, 1024), (2e-5, 1024), (1.5e-5, 1024)],
+    "nvila-8b-video": [(1e-3, 512), (2e-5, 1024), (2e-5, 1024), (1.5e-5, 1024), (2e-5, 2048)],
+    "longvila-8b": [(1e-3, 2048), (5e-5, 1024), (1e-4, 1024), *[(2e-5, n) for n in (32, 256, 256, 64)], (5e-5, 37)],
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_rates_and_samples_are_the_scripts(name: str) -> None:
+    text = (ROOT / "train" / "recipes" / f"{name}.yaml").read_text()
+    samples = [int(found) for found in re.findall(r"# (\d+) samples ×", text)]
+    rates = [set(stage.learning_rates.values()) for stage in load_recipe(name).stages]
+    assert [(*rate, n) for rate, n in zip(rates, samples, strict=True)] == SCRIPTS[name]
+
+
+def test_scale_then_compress_is_what_the_scripts_say() -> None:
+    full, lite, video = (load_recipe(name).model for name in ("nvila-8b", "nvila-lite-8b", "nvila-8b-video"))
+    assert (full.tiling, full.s2_scales, full.projector) == ("dynamic-s2", [448, 896, 1344], "downsample-2x2")
+    assert (lite.tiling, lite.thumbnail, lite.projector) == ("tiles", True, "downsample-3x3")
+    assert full.processor["max_tiles"] == lite.processor["max_tiles"] == 12
+    assert (video.tiling, video.video_pool, video.processor["num_frames"]) == ("resize", (8, 1, 1), 256)
+    for name in ("nvila-8b", "nvila-lite-8b", "nvila-8b-video"):  # the tower tuned once the compressor is in
+        assert set(load_recipe(name).stages[1].learning_rates) == {"tower", "projector"}
+
+
+def test_longvila_extends_its_context_before_its_videos() -> None:
+    stages = [stage for stage in load_recipe("longvila-8b").stages if stage.name.startswith("context")]
+    assert [stage.rope_theta for stage in stages] == [15300000, 207112184, 1062356830, 3580165449]
+    assert [stage.batch.tokens for stage in stages] == [2**16, 2**18, 2**19, 2**20]
+    assert all(stage.lora.rank == 8 and set(stage.learning_rates.values()) == {2e-5} for stage in stages)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -99,22 +148,18 @@ def test_published_recipe_names_the_first_source_to_fill_in(
     assert "LLaVA-CC3M-Pretrain-595K" in message
 
 
-def test_llama_3_template_puts_loss_on_answers_alone() -> None:
-    processor = FoveateProcessor(glyph_tokenizer(), **load_recipe("vila-1.5").model.processor)
+def test_vicunas_template_puts_loss_on_answers_alone() -> None:
+    processor = FoveateProcessor(glyph_tokenizer(), **load_recipe("vila-1.5-3b").model.processor)
     messages = [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": [{"type": "text", "text": "what is it ?"}]},
         {"role": "assistant", "content": "a clip"},
     ]
     parts = chat_document("key", messages, [], processor).parts
+    end = processor.tokenizer.eos_token
     assert [(part.text, part.loss) for part in parts if isinstance(part, Text)] == [
-        (
-            "<|start_header_id|>system<|end_header_id|>\n\nbe brief<|eot_id|>"
-            "<|start_header_id|>user<|end_header_id|>\n\nwhat is it ?<|eot_id|>"
-            "<|start_header_id|>assistant<|end_header_id|>\n\n",
-            False,
-        ),
-        ("a clip<|eot_id|>", True),
+        ("be brief USER: what is it ? ASSISTANT:", False),
+        (f" a clip{end}", True),
     ]
 
 
@@ -158,25 +203,30 @@ def test_tiny_recipe_has_a_first_step_in_each_stage(
     name: str, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tiny_data)
-    checks = dry_run(load_recipe(f"tiny-{name}", ["loader.workers=0"]), processes=2)
-    assert [check.name for check in checks] == [stage.name for stage in load_recipe(name).stages]
-    assert all(check.loss_tokens > 0 and check.tiles > 0 and check.bad == 0 for check in checks)
+    names = [stage.name for stage in load_recipe(name).stages]
+    overrides = [f"stages.{stage}.batch.{change}" for stage in names for change in ("window=4", "reserve=1")]
+    checks = dry_run(load_recipe(f"tiny-{name}", ["loader.workers=0", *overrides]), processes=2)
+    assert [check.name for check in checks] == names
+    assert all(check.loss_tokens > 0 and check.bad == 0 for check in checks)
+    assert all((check.tiles == 0) == check.name.startswith("context") for check in checks), "which is extended on texts"
 
 
+@pytest.mark.parametrize("name", ["nvila-lite-8b", "nvila-8b", "nvila-8b-video", "longvila-8b"])
 def test_tiny_recipe_trains_through_all_stages(
-    tiny_data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    name: str, tiny_data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tiny_data)
-    names = [stage.name for stage in load_recipe("nvila-lite").stages]
-    overrides = [f"stages.{name}.steps=2" for name in names]
+    names = [stage.name for stage in load_recipe(name).stages]
+    small = ("steps=3", "batch.window=4", "batch.reserve=1", "batch.micro_batches=1")
+    overrides = [f"stages.{stage}.{change}" for stage in names for change in small]
     overrides += ["tracking.wandb=disabled", "threads=1", "loader.workers=0", "validation.documents=3"]
-    recipe = load_recipe("tiny-nvila-lite", overrides)
+    recipe = load_recipe(f"tiny-{name}", overrides)
     summaries = train(recipe, tmp_path / "run", device="cpu")
-    assert [(summary.name, summary.steps) for summary in summaries] == [(name, 2) for name in names]
+    assert [(summary.name, summary.steps) for summary in summaries] == [(stage, 3) for stage in names]
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
     assert not (tmp_path / "run" / "bad_documents.jsonl").exists()
     page = write_report(tmp_path / "run").read_text()
-    assert "Finished" in page and "2 of 2" in page and all(name in page for name in names)
+    assert "Finished" in page and "3 of 3" in page and all(stage in page for stage in names)
 
 
 @pytest.mark.parametrize("arguments", [["a", "b"], ["--help"]])
