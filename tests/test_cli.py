@@ -313,7 +313,9 @@ def test_a_model_of_ours_can_be_imported_and_another_is_refused(
     assert weights[0] == weights[1]
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
-    foveate("import", tmp_path / "bert", tmp_path / "out").assert_user_error("model_type is 'bert'; accepted: llava")
+    foveate("import", tmp_path / "bert", tmp_path / "out").assert_user_error(
+        "model_type is 'bert'; accepted: a model that Foveate trained"
+    )
     assert not (tmp_path / "out").exists()
     foveate("import", "./absent", tmp_path / "out").assert_user_error("./absent: no such folder")
 

@@ -1,13 +1,14 @@
-"""The command `foveate bench`: what training and loading cost here, each against its baseline in the same run."""
+"""The command `foveate bench`: what media, towers, loading and training cost here, each against its baseline."""
 
 import json
 import sys
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="Measure loading and training, each against its baseline.", rich_markup_mode=None)
+app = typer.Typer(help="Measure media, towers, loading and training, each against its baseline.", rich_markup_mode=None)
 
 
 class Model(StrEnum):
@@ -15,6 +16,12 @@ class Model(StrEnum):
     small = "0.5b"
     medium = "2b"
     large = "8b"
+
+
+class Tower(StrEnum):
+    tiny = "tiny"
+    base = "base"
+    so400m = "so400m"
 
 
 class Attention(StrEnum):
@@ -87,6 +94,44 @@ def train(
         device,
     )
     _report(bench_train(settings, _show), as_json, ("torch", "transformers", "deepspeed"))
+
+
+@app.command()
+def media(
+    video: Annotated[Path | None, typer.Option(help="A file. Default: a 720p clip is made.")] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="Of the clip that is made.")] = 30.0,
+    gop: Annotated[int, typer.Option(min=1, help="Frames between its keyframes, at most.")] = 250,
+    b_frames: Annotated[int, typer.Option(min=0, max=16, help="Of its B-frames, at most so many in a row.")] = 3,
+    frames: Annotated[int, typer.Option(min=1, max=2048, help="That are taken, from the first to the last.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="In each of which everything has its turn.")] = 7,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Measure instead the peak memory of 256 and of 2,048 frames.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Frames a second from a video file to the tower's input, against bare PyAV and decord; or peak memory."""
+    from .bench_media import MediaBench, bench_media, bench_memory
+
+    if memory:
+        results = bench_memory(video, show=_show)
+    else:
+        results = bench_media(MediaBench(video, seconds, gop, b_frames, frames, rounds), _show)
+    _report(results, as_json, ("torch", "av", "decord", "numpy", "pillow"))
+
+
+@app.command()
+def encode(
+    shape: Annotated[Tower, typer.Option(help="SigLIP's, with random weights; tiny is for a CPU.")] = Tower.tiny,
+    images: Annotated[int, typer.Option(min=1, help="Images, or frames of a video, at a time.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="In each of which every way has its turn.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.001, help="Of a turn, at least.")] = 0.5,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Images, frames and tokens a second of tower and projector, by tiling and projector, against one tile an image."""
+    from .bench_encode import EncodeBench, bench_encode
+
+    _report(bench_encode(EncodeBench(shape.value, images, rounds, seconds, device), _show), as_json, ("torch",))
 
 
 def _show(line: str) -> None:

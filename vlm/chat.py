@@ -2,57 +2,63 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor, BatchFeature, DynamicCache
+from transformers import DynamicCache
 from transformers.generation.streamers import TextStreamer
 
-from .media import MediaError, MediaLimits, Video, load_image, load_video
+from .checkpoints import load
+from .encode import encode_video
+from .media import MediaError, Video, load_image, sample_video
 from .model import FoveateForConditionalGeneration
-from .processor import FoveateProcessor
+from .processor import FoveateProcessor, VideoSource
 
 
 def load_model(path: str | Path, device: str | None = None) -> tuple[FoveateForConditionalGeneration, FoveateProcessor]:
-    """Loads a Foveate model and its processor from a directory or a Hugging Face name, in the dtype it was saved in.
+    """Loads a model and its processor from a directory or a Hugging Face name, in the dtype it was saved in.
 
     Raises:
         OSError: nothing is there that transformers can load.
-        ValueError: it is not a Foveate model.
+        CheckpointError: it is no model of ours, nor one that `checkpoints.load` reads.
     """
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    processor = AutoProcessor.from_pretrained(path)
-    if not isinstance(processor, FoveateProcessor):
-        raise ValueError(
-            f"{path} holds a {type(processor).__name__}; accepted: a model that Foveate trained or exported"
-        )
-    model: Any = FoveateForConditionalGeneration.from_pretrained(path, dtype="auto")
-    return model.to(where).eval(), processor
+    where: Any = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, processor = load(path)
+    return model.to(where), processor
 
 
-def load_media(path: str | Path, num_frames: int | None, processor: FoveateProcessor) -> Image.Image | Video:
-    """Loads a file as an image, or else as a video of so many frames.
+def load_media(
+    path: str | Path,
+    num_frames: int | None,
+    processor: FoveateProcessor,
+    *,
+    fps: float | None = None,
+    start_s: float | None = None,
+    end_s: float | None = None,
+) -> Image.Image | VideoSource:
+    """Loads a file as an image, or else says which frames of it, as a video, are taken; none is decoded yet.
+
+    Args:
+        num_frames, fps: how many frames, or how many a second; the processor's own number when both are None.
+        start_s, end_s: the part of a video, in seconds.
 
     Raises:
         MediaError: it is neither; the message says why for both.
+        ValueError: an argument out of range.
     """
-    limits = MediaLimits()
     try:
-        return load_image(path, limits)
+        return load_image(path)
     except MediaError as not_image:
+        if num_frames is None and fps is None:
+            num_frames = processor.num_frames
         try:
-            return load_video(
-                path,
-                num_frames=num_frames or processor.num_frames,
-                size=processor.video_size,
-                backend=processor.video_backend,
-                limits=limits,
-            )
+            sample_video(path, num_frames=num_frames, fps=fps, start_s=start_s, end_s=end_s)
         except MediaError as not_video:
             raise MediaError(f"{not_video} (as a video); {not_image} (as an image)") from not_video
+        return VideoSource(path, num_frames, fps, start_s, end_s)
 
 
 @dataclass(frozen=True)
@@ -70,20 +76,46 @@ class Answer:
 class Chat:
     """A conversation about fixed media.
 
-    The media stand before the first question. Each turn prefills only what the KV cache does not hold yet.
+    The media stand before the first question. They are encoded at once, videos chunk by chunk as they are decoded, and
+    only what the LLM reads of them is kept. Each turn prefills only what the KV cache does not hold yet.
 
     Args:
         model, processor: what answers.
         media: what `load_media` gave.
+        max_visual_tokens: budget of all media together; the processor's own when None. See `processor.plan`.
+
+    Raises:
+        MediaError: a frame can't be decoded.
+        BudgetError: not even the lowest resolution fits the budget.
     """
 
     def __init__(
         self,
         model: FoveateForConditionalGeneration,
         processor: FoveateProcessor,
-        media: Sequence[Image.Image | Video] = (),
+        media: Sequence[Image.Image | Video | VideoSource] = (),
+        max_visual_tokens: int | None = None,
     ):
-        self.model, self.processor, self.media = model, processor, list(media)
+        self.model, self.processor = model, processor
+        self.kinds = ["image" if isinstance(m, Image.Image) else "video" for m in media]
+        images = [m for m in media if isinstance(m, Image.Image)]
+        videos = [m for m in media if not isinstance(m, Image.Image)]
+        plan = processor.plan(images, videos, max_visual_tokens)
+        tiles = processor.cut(replace(plan, videos=()), images)
+        self.image_texts, self.video_texts = list(tiles.image_texts), [one.text for one in plan.videos]
+        self.features: dict[str, torch.Tensor] = {}  # [tokens, D] of all images, of all videos
+        with torch.no_grad():
+            if images:
+                inputs = {name: given.to(model.device) for name, given in processor.media_inputs([tiles]).items()}
+                self.features["image_features"] = torch.cat(model.encode_images(**inputs))
+            if videos:
+                queries = plan.video_tiling.tokens_per_tile
+                self.features["video_features"] = torch.cat(
+                    [
+                        encode_video(model, processor, m.source if isinstance(m, VideoSource) else m, one, queries)
+                        for m, one in zip(videos, plan.videos, strict=True)
+                    ]
+                )
         self.messages: list[dict] = []
         self.cache: DynamicCache | None = None
         self.cached_ids: list[int] = []
@@ -106,21 +138,15 @@ class Chat:
             raise ValueError(
                 f"the question holds {processor.image_token} or {processor.video_token}; accepted: text without them"
             )
-        content: list[dict] = []
-        if not self.messages:
-            content = [{"type": "video" if isinstance(m, Video) else "image"} for m in self.media]
+        content = [] if self.messages else [{"type": kind} for kind in self.kinds]
         turn = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
         prompt = processor.apply_chat_template([*self.messages, turn], add_generation_prompt=True)
-        inputs = processor(
-            text=prompt,
-            images=[m for m in self.media if not isinstance(m, Video)] or None,
-            videos=[m for m in self.media if isinstance(m, Video)] or None,
-            add_special_tokens=False,
-            return_tensors="pt",
-        ).to(self.model.device)
-        ids = inputs["input_ids"][0].tolist()
+        [text], _ = processor.get_text_with_replacements([prompt], self.image_texts, self.video_texts)
+        encoded = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(self.model.device)
+        ids = encoded["input_ids"][0].tolist()
         visual = sum(i in (processor.image_token_id, processor.video_token_id) for i in ids)
-        cache = self._reuse_cache(ids, inputs)
+        cache = self._reuse_cache(ids)
+        inputs = encoded if self.cached_ids else encoded | self.features
         clock = _Clock(processor.tokenizer, on_text)
         began = time.perf_counter()
         model: Any = self.model  # transformers annotates `generate` with a class that no model inherits
@@ -135,7 +161,7 @@ class Chat:
         first = clock.first_token_at or ended
         return Answer(text, len(ids), visual, len(new), first - began, ended - first)
 
-    def _reuse_cache(self, ids: list[int], inputs: BatchFeature) -> DynamicCache:
+    def _reuse_cache(self, ids: list[int]) -> DynamicCache:
         """Keeps what the cache and the prompt have in common; all media must be in it, or it is dropped."""
         common = 0
         for cached, wanted in zip(self.cached_ids, ids[:-1], strict=False):
@@ -144,11 +170,8 @@ class Chat:
             common += 1
         media_ids = (self.processor.image_token_id, self.processor.video_token_id)
         if self.cache is None or any(i in media_ids for i in ids[common:]) or not _crop(self.cache, common):
-            self.cache, self.cached_ids = DynamicCache(config=self.model.language_model.config), []
-            return self.cache
+            self.cache, common = DynamicCache(config=self.model.language_model.config), 0
         self.cached_ids = ids[:common]  # noted before generating, which may be interrupted
-        for name in ("pixel_values", "pixel_values_videos"):
-            inputs.pop(name, None)
         return self.cache
 
 

@@ -116,7 +116,10 @@ def from_hf(
         OSError: nothing is there.
     """
     if (model_type := read_config(source).get("model_type")) not in READERS:
-        raise CheckpointError(f"model_type is {model_type!r}; accepted: {', '.join(READERS)}, or VILA's layout")
+        raise CheckpointError(
+            f"model_type is {model_type!r}; accepted: a model that Foveate trained or exported, {', '.join(READERS)}, or "
+            "VILA's layout"
+        )
     stock_config = AutoConfig.from_pretrained(source)
     if getattr(stock_config, "quantization_config", None):
         raise CheckpointError("quantization_config is set; accepted: weights that aren't quantized")
@@ -388,5 +391,6 @@ def read_config(source: str | PathLike[str]) -> Fields:
         OSError: there is none.
     """
     path = cached_file(source, "config.json")
-    assert path is not None
+    if path is None:
+        raise OSError(f"{source} holds no config.json; accepted: a model's folder")
     return json.loads(Path(path).read_text(encoding="utf-8"))

@@ -417,11 +417,26 @@ class FoveateProcessor(ProcessorMixin):
         clips = [[self._clip(video, limits, sampled=later) for video in of_text] for of_text in videos]
         sizes = [[(image.height, image.width) for image in of_text] for of_text in pictures]
         plans = self._plans(sizes, clips, max_visual_tokens, query_tokens)
-        return [self._cut(*one, limits) for one in zip(plans, pictures, clips, strict=True)]
+        return [self.cut(*one, limits) for one in zip(plans, pictures, clips, strict=True)]
 
-    def _cut(
-        self, plan: MediaPlan, images: Sequence[Image.Image], clips: Sequence[Clip], limits: MediaLimits
+    def cut(
+        self,
+        plan: MediaPlan,
+        images: Sequence[Image.Image],
+        clips: Sequence[Clip] = (),
+        limits: MediaLimits = DEFAULT_LIMITS,
     ) -> MediaTiles:
+        """The tiles of a plan's images and videos.
+
+        Args:
+            plan: what `plan` gave for them.
+            images: RGB.
+            clips: videos.
+            limits: see `media.py`.
+
+        Raises:
+            MediaError: a frame can't be read.
+        """
         tiling = plan.image_tiling
         tiles = [tiling.cut(*one, self.resample) for one in zip(images, plan.images, strict=True)]
         frames = [self._frames(*one, plan.video_tiling, limits) for one in zip(clips, plan.videos, strict=True)]

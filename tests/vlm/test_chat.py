@@ -11,9 +11,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from foveate.vlm import FoveateForConditionalGeneration, FoveateProcessor
+from foveate import cli
+from foveate.vlm import FoveateForConditionalGeneration, FoveateProcessor, encode
 from foveate.vlm.chat import Chat, load_media, load_model
+from foveate.vlm.encode import encode_video
 from foveate.vlm.media import MediaError, Video, load_video
+from foveate.vlm.processor import VideoSource, model_fields
 
 DIGITS = "0123456789"
 QUESTIONS = ["What is in the picture?", "And left of it?", "How many digits appear?"]
@@ -76,15 +79,17 @@ def test_turns_on_one_cache_answer_as_asked_afresh(tiny: Any, llm: str) -> None:
 def test_a_turn_prefills_only_what_is_new_and_encodes_no_media_again(tiny: Any) -> None:
     model, processor = tiny.model(dtype=torch.float64), tiny.processor()
     digits_only(model, processor)
-    chat = Chat(model, processor, media(tiny))
+    with counting(model.vision_tower) as tower:
+        chat = Chat(model, processor, media(tiny))
+    assert len(tower) == 3  # images, then each video
     cached = 0
-    for turn, question in enumerate(QUESTIONS):
+    for question in QUESTIONS:
         with counting(model.language_model) as llm, counting(model.vision_tower) as tower:
             answer = chat.ask(question, max_new_tokens=5)
         assert len(answer.text) == 5 and set(answer.text) <= set(DIGITS)
         assert llm[0]["inputs_embeds"].shape[1] == answer.prompt_tokens - cached
         assert all(call["inputs_embeds"].shape[1] == 1 for call in llm[1:])
-        assert len(tower) == (2 if turn == 0 else 0)  # images, then frames
+        assert not tower
         cached = answer.prompt_tokens + answer.new_tokens - 1  # the last token was never read
 
 
@@ -99,19 +104,17 @@ def test_the_cache_is_used_up_to_where_an_answer_tokenizes_otherwise(tiny: Any) 
 
 def test_media_stand_first_in_their_order(tiny: Any) -> None:
     model, processor = tiny.model(), tiny.processor()
-    with counting(model) as calls:
+    with counting(model) as calls, counting(model.vision_tower) as tower:
         Chat(model, processor, media(tiny)).ask("Describe.", max_new_tokens=1)
     text = (
         "<|im_start|>user\n" + ("<video>" * 4 + "\n") * 2 + "<image>" * 8 + "<video>" * 4 + "\n"
         "Describe.<|im_end|>\n<|im_start|>assistant\n"
     )
     assert calls[0]["input_ids"].tolist() == [processor.tokenizer(text)["input_ids"]]
-    first_image = torch.from_numpy(np.array(tiny.image(1))).permute(2, 0, 1) / 127.5 - 1
-    torch.testing.assert_close(calls[0]["pixel_values"][0], first_image)
-    frames = np.concatenate([tiny.frames(0, 2), tiny.frames(3, 1)])
-    torch.testing.assert_close(
-        calls[0]["pixel_values_videos"], torch.from_numpy(frames).permute(0, 3, 1, 2) / 127.5 - 1
-    )
+    given = [np.stack([np.array(tiny.image(1)), np.array(tiny.image(2))]), tiny.frames(0, 2), tiny.frames(3, 1)]
+    for call, pixels in zip(tower, given, strict=True):
+        expected = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+        torch.testing.assert_close(call["pixel_values"], expected)
 
 
 def test_text_alone_can_be_asked(tiny: Any) -> None:
@@ -177,7 +180,7 @@ def test_an_interrupted_answer_leaves_the_conversation_as_it_was(tiny: Any, turn
 
 
 def test_a_turn_interrupted_before_its_new_cache_is_filled(tiny: Any) -> None:
-    """A full sliding window can't be cropped, so the second turn encodes the media again and is interrupted there."""
+    """A full sliding window can't be cropped, so the second turn begins anew and is interrupted there."""
     model, processor = tiny.model(llm_name="gemma2", dtype=torch.float64), tiny.processor()
     chat, undisturbed = (Chat(model, processor, media(tiny)) for _ in range(2))
     for c in (chat, undisturbed):
@@ -186,7 +189,7 @@ def test_a_turn_interrupted_before_its_new_cache_is_filled(tiny: Any) -> None:
     def interrupt(module: nn.Module, args: tuple) -> None:
         raise KeyboardInterrupt
 
-    hook = model.vision_tower.register_forward_pre_hook(interrupt)
+    hook = model.language_model.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         chat.ask(QUESTIONS[1], max_new_tokens=8)
     hook.remove()
@@ -217,11 +220,92 @@ def test_files_are_loaded_as_image_or_video(tiny: Any, tmp_path: Path) -> None:
     image = load_media(tmp_path / "a.png", None, processor)
     assert np.array_equal(np.asarray(image), np.asarray(tiny.image(0, (20, 30))))
     path = tiny.mp4(tmp_path / "a.mp4", [0, 60, 120, 180, 240])
-    for count, frames in ((None, 3), (2, 2), (100, 5)):
-        video = load_media(path, count, processor)
-        assert isinstance(video, Video) and video.frames.shape == (frames, 16, 16, 3)
+    assert load_media(path, None, processor) == VideoSource(path, num_frames=3)
+    assert load_media(path, 2, processor, start_s=0.5) == VideoSource(path, num_frames=2, start_s=0.5)
+    assert load_media(path, None, processor, fps=2.0, end_s=1.0) == VideoSource(path, fps=2.0, end_s=1.0)
+    with pytest.raises(MediaError, match="no frame from 9"):
+        load_media(path, None, processor, start_s=9.0)
     (tmp_path / "a.txt").write_text("neither")
     with pytest.raises(MediaError, match=r"\(as a video\).*\(as an image\)"):
         load_media(tmp_path / "a.txt", None, processor)
     with pytest.raises(MediaError, match="nothing"):
         load_media(tmp_path / "nothing", None, processor)
+
+
+def test_a_file_is_answered_about_as_its_frames_are(tiny: Any, tmp_path: Path) -> None:
+    model, processor = tiny.model(dtype=torch.float64), tiny.processor()
+    path = tiny.mp4(tmp_path / "a.mp4", list(range(0, 250, 10)), side=16)  # 4 frames a second
+    samplings: list[dict[str, Any]] = [{"num_frames": 5}, {"fps": 2.0}, {"num_frames": 3, "start_s": 1.5, "end_s": 4.0}]
+    for sampling in samplings:
+        clip = {name: value for name, value in sampling.items() if name != "num_frames"}
+        source = load_media(path, sampling.get("num_frames"), processor, **clip)
+        with counting(model.vision_tower) as tower:
+            answer = Chat(model, processor, [source]).ask("What?", max_new_tokens=4)
+        frames = load_video(path, **sampling).frames
+        seen = torch.cat([call["pixel_values"] for call in tower]).float()
+        torch.testing.assert_close(seen, torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1)
+        assert Chat(model, processor, [load_video(path, **sampling)]).ask("What?", max_new_tokens=4).text == answer.text
+        assert answer.visual_tokens == 4 * len(frames)
+
+
+def test_media_are_held_to_their_budget(tiny: Any, tmp_path: Path) -> None:
+    model, processor = tiny.model(), tiny.processor(min_frames=2)
+    path = tiny.mp4(tmp_path / "a.mp4", list(range(0, 250, 10)), side=16)
+    given = [tiny.image(0), VideoSource(path, num_frames=20)]
+    assert Chat(model, processor, given).ask("What?", max_new_tokens=1).visual_tokens == 4 + 20 * 4
+    with counting(model.vision_tower) as tower:
+        chat = Chat(model, processor, given, max_visual_tokens=4 + 7 * 4 + 3)
+    assert chat.ask("What?", max_new_tokens=1).visual_tokens == 4 + 7 * 4
+    seen = tower[1]["pixel_values"]
+    assert len(seen) == 7
+    every = load_video(path, num_frames=20).frames
+    taken = every[np.linspace(0, 19, 7).round().astype(int)]
+    torch.testing.assert_close(seen, torch.from_numpy(taken).permute(0, 3, 1, 2).float() / 127.5 - 1)
+
+
+TOPOLOGIES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "pooled": {"video_pool": (4, 2, 1)},
+    "native": {"tiling": "native", "video_pool": (2, 1, 1)},
+    "anyres": {"tiling": "anyres", "projector": "mlp2x"},
+    "queries": {"projector": "resampler", "resampler_tokens": 6},
+}
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_a_video_encoded_in_chunks_is_the_video_encoded_whole(
+    tiny: Any, tmp_path: Path, topology: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "TOWER_BATCH", 4)
+    tower = "siglip2_vision_model" if topology == "native" else "siglip_vision_model"
+    model = tiny.model(tower, dtype=torch.float64, **TOPOLOGIES[topology])
+    fields = model_fields(model.config) | {"image_size": (16, 16), "min_frames": 11}
+    processor = FoveateProcessor(tiny.tokenizer(), **fields)
+    path = tiny.mp4(tmp_path / "a.mp4", list(range(0, 250, 10)), side=32)
+    for source in (path, load_video(path, num_frames=11)):
+        budget = 40 if topology == "queries" else None  # then 3 of the 6 queries a frame are kept
+        plan = processor.plan(videos=[VideoSource(source, num_frames=11)], max_visual_tokens=budget)
+        with counting(model.vision_tower) as calls:
+            chunked = encode_video(model, processor, source, plan.videos[0], plan.video_tiling.tokens_per_tile)
+        assert len(calls) >= 3
+        options: dict[str, Any] = {"num_frames": 11, "max_visual_tokens": budget}
+        inputs = processor(text="<video>", videos=[source], return_tensors="pt", **options)
+        names = ("pixel_values_videos", "video_grids", "video_queries")
+        with torch.no_grad():
+            whole = model.encode_videos(**{name: inputs[name] for name in names if name in inputs})
+        torch.testing.assert_close(chunked, torch.cat(whole))
+        assert len(chunked) == plan.tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("0", 0), ("90", 90), ("1:30", 90), ("0:01:30.5", 90.5), ("2:00:00", 7200), (".5", 0.5), ("120:00", 7200)],
+)
+def test_times_of_day_are_seconds(text: str, seconds: float) -> None:
+    assert cli._seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1:75", "1:2:3:4", "1.5:00", "1e3", "one", "1:", "nan", "1:-2"])
+def test_what_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(cli.UsageError, match=r"accepted: \[\[hours:\]minutes:\]seconds"):
+        cli._seconds(text)

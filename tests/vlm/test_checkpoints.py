@@ -441,5 +441,8 @@ def test_settings_of_the_image_processor_are_named(
 
 def test_other_models_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "internvl_chat"}')  # not transformers' own
-    with pytest.raises(CheckpointError, match="model_type is 'internvl_chat'; accepted: llava, llava_next"):
+    with pytest.raises(
+        CheckpointError,
+        match="model_type is 'internvl_chat'; accepted: a model that Foveate trained or exported, llava, llava_next",
+    ):
         load(tmp_path)

@@ -7,6 +7,7 @@ import random
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +18,17 @@ import pytest
 from PIL import Image, ImageFile
 
 from foveate.vlm import media
-from foveate.vlm.media import MediaError, MediaLimits, load_image, load_video, probe_video, sample_indices
+from foveate.vlm.media import (
+    MediaError,
+    MediaLimits,
+    iter_video,
+    load_image,
+    load_video,
+    probe_image,
+    probe_video,
+    sample_indices,
+    sample_video,
+)
 
 FPS = 10
 BLOCK = 16
@@ -41,6 +52,19 @@ def number_of(frame: np.ndarray) -> int:
     assert frame[3 * BLOCK + middle, 3 * BLOCK + middle].mean() < 127, "not upright"
     lit = (frame[bit // 4 * BLOCK + middle, bit % 4 * BLOCK + middle].mean() > 127 for bit in range(12))
     return sum(on << bit for bit, on in enumerate(lit))
+
+
+def assert_read_alike(source, **arguments) -> media.Video:
+    """`load_video`'s result, after checking that `sample_video` and `iter_video` say the same."""
+    video = load_video(source, **arguments)
+    sampling = {name: value for name, value in arguments.items() if name in ("num_frames", "fps", "start_s", "end_s")}
+    _, times_s = sample_video(source, **sampling)
+    np.testing.assert_array_equal(times_s, video.timestamps_s)
+    for batch in (1, 5, 1000):
+        batches = list(iter_video(source, batch=batch, **arguments))
+        assert [len(frames) for frames in batches[:-1]] == [batch] * (len(batches) - 1)
+        np.testing.assert_array_equal(np.concatenate(batches), video.frames)
+    return video
 
 
 def numbers_of(video: media.Video) -> list[int]:
@@ -201,6 +225,87 @@ def test_the_first_frame_of_an_animation_is_taken():
     assert pixels(load_image(data))[0, 0].tolist() == [255, 0, 0]
 
 
+ANY_IMAGE = {
+    "one pixel": (Image.new("RGB", (1, 1), (9, 8, 7)), "PNG", {}, (9, 8, 7)),
+    "tall": (Image.new("RGB", (1, 20_000), (9, 8, 7)), "PNG", {}, (9, 8, 7)),
+    "wide": (Image.new("RGB", (20_000, 1), (250, 250, 250)), "JPEG", {}, (250, 250, 250)),
+    "bilevel": (Image.new("1", (9, 5), 1), "PNG", {}, (255, 255, 255)),
+    "bilevel fax": (Image.new("1", (9, 5), 1), "TIFF", {"compression": "group4"}, (255, 255, 255)),
+    "grey": (Image.new("L", (9, 5), 77), "JPEG", {}, (77, 77, 77)),
+    "palette": (Image.new("RGB", (9, 5), (255, 0, 0)).convert("P"), "PNG", {}, (255, 0, 0)),
+    "palette gif": (Image.new("RGB", (9, 5), (255, 0, 0)).convert("P"), "GIF", {}, (255, 0, 0)),
+    "cmyk jpeg": (Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", {"quality": 100}, (254, 0, 0)),
+    "cmyk tiff": (Image.new("CMYK", (9, 5), (0, 255, 255, 0)), "TIFF", {}, (255, 0, 0)),
+    "ycbcr": (Image.new("RGB", (16, 16), (0, 0, 254)).convert("YCbCr"), "JPEG", {"quality": 100}, (0, 0, 254)),
+    "lab": (Image.new("LAB", (9, 5), (255, 128, 128)), "TIFF", {}, (255, 255, 255)),
+    "16 bits": (Image.fromarray(np.full((5, 9), 257 * 77, np.uint16)), "PNG", {}, (77, 77, 77)),
+    "alpha": (Image.new("RGBA", (9, 5), (0, 0, 0, 0)), "WEBP", {"lossless": True}, (255, 255, 255)),
+    "alpha palette": (Image.new("RGBA", (9, 5), (0, 0, 0, 0)), "GIF", {}, (255, 255, 255)),
+    **{
+        f"animated {image_format}": (
+            Image.new("RGB", (9, 5), (255, 0, 0)),
+            image_format,
+            {"save_all": True, "append_images": [Image.new("RGB", (9, 5), (0, 0, 255))], **options},
+            (255, 0, 0),
+        )
+        for image_format, options in (("GIF", {}), ("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {}))
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ANY_IMAGE)
+def test_images_of_any_kind_load(kind):
+    image, image_format, options, colour = ANY_IMAGE[kind]
+    data = encoded(image, image_format, **options)
+    loaded = load_image(data)
+    assert loaded.mode == "RGB" and loaded.size == image.size
+    assert np.abs(pixels(loaded).astype(int) - colour).max() <= 2
+    assert probe_image(data) == (image.height, image.width)
+
+
+def late_exif(data: bytes) -> bytes:
+    """The PNG with its eXIf chunk moved behind the pixels."""
+    at = data.index(b"eXIf") - 4
+    length = int.from_bytes(data[at : at + 4], "big") + 12
+    chunk, rest = data[at : at + length], data[:at] + data[at + length :]
+    return rest[:-12] + chunk + rest[-12:]
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "TIFF", "WEBP", "late PNG", "XMP"])
+def test_a_probed_size_is_the_loaded_size(image_format, picture, monkeypatch):
+    for orientation in range(10):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options = {"exif": exif}
+        if image_format == "XMP":
+            options = {"xmp": f'<x:xmpmeta tiff:Orientation="{orientation}"/>'.encode()}
+        kind = {"late PNG": "PNG", "XMP": "JPEG"}.get(image_format, image_format)
+        data = encoded(Image.fromarray(picture), kind, **options)
+        if image_format == "late PNG":
+            data = late_exif(data)
+        expected = load_image(data).size[::-1]
+        assert expected == ((30, 20) if 5 <= orientation <= 8 else (20, 30))
+        assert probe_image(Image.open(io.BytesIO(data))) == expected
+        with monkeypatch.context() as patch:
+            if image_format != "late PNG":
+                patch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+            assert probe_image(data) == expected
+
+
+def test_probing_refuses_what_loading_refuses_by_the_header(picture, tmp_path):
+    data = encoded(Image.fromarray(picture), "PNG")
+    assert probe_image(data[:-40]) == (20, 30)  # only its pixels are cut
+    assert probe_image(picture) == probe_image(Image.fromarray(picture)) == (20, 30)
+    floating = encoded(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF")
+    for source in (b"", data[:20], "http://localhost/a.png", tmp_path / "absent.png", 3, floating, np.zeros((4, 4))):
+        with pytest.raises(MediaError):
+            load_image(source)
+        with pytest.raises(MediaError):
+            probe_image(source)
+    with pytest.raises(MediaError, match=r"8000x8001.*max_pixels"):
+        probe_image(png_of_claimed_size(8000, 8001))
+
+
 def png_of_claimed_size(width: int, height: int) -> bytes:
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -339,11 +444,11 @@ def test_exactly_the_asked_frames_come_back(kind, tmp_path):
     assert everything.frames.dtype == np.uint8
 
     for num_frames in (1, 2, 9, 64):
-        sampled = load_video(path.read_bytes(), num_frames=num_frames)
+        sampled = assert_read_alike(path.read_bytes(), num_frames=num_frames)
         expected = np.linspace(0, 99, num_frames).round()
         assert numbers_of(sampled) == expected.tolist()
         np.testing.assert_allclose(sampled.timestamps_s, expected / FPS, atol=1e-3)
-    assert numbers_of(load_video(path, fps=1)) == list(range(0, 100, 10))
+    assert numbers_of(assert_read_alike(path, fps=1)) == list(range(0, 100, 10))
     assert numbers_of(load_video(path, start_s=4.95, end_s=5.5)) == [50, 51, 52, 53, 54]
     assert load_video(path, start_s=4.95, end_s=5.5).timestamps_s[0] == pytest.approx(5, abs=1e-3)
 
@@ -448,11 +553,108 @@ def test_hidden_vp8_frames_are_not_counted(tmp_path):
 
 def test_frames_are_resized_while_decoding(mp4):
     full = load_video(mp4, num_frames=4)
-    small = load_video(mp4, num_frames=4, size=(32, 60))
+    small = assert_read_alike(mp4, num_frames=4, size=(32, 60))
     assert small.frames.shape == (4, 32, 60, 3)
-    for frame, resized in zip(full.frames, small.frames, strict=True):
-        np.testing.assert_array_equal(np.asarray(Image.fromarray(frame).resize((60, 32), Image.BICUBIC)), resized)
     np.testing.assert_array_equal(load_video(full.frames, size=(32, 60)).frames, small.frames)
+    assert load_video(mp4, num_frames=4, size=(128, 192)).frames.shape == (4, 128, 192, 3)
+
+
+@pytest.mark.parametrize("size", [(32, 60), (144, 256), (448, 448), (1, 1), (1, 300), (2, 1000)])
+def test_resizing_is_that_of_pil(size):
+    frames = np.random.default_rng(0).integers(50, 206, (2, 144, 256, 3), dtype=np.uint8)
+    for frame, resized in zip(frames, load_video(frames, size=size).frames, strict=True):
+        of_pil = np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC))
+        difference = np.abs(resized.astype(int) - of_pil)
+        assert difference.max() <= 2 and difference.mean() < (0.25 if min(size) < 3 else 0.02)
+
+
+@pytest.mark.parametrize("pyramid", ["none", "strict", "normal"])
+@pytest.mark.parametrize("gop", [7, 1000])
+def test_sampled_pixels_are_those_of_decoding_everything(pyramid, gop, tmp_path, monkeypatch):
+    """Though pictures that no other refers to are skipped where they aren't wanted."""
+    options = {"preset": "medium", "bf": "5", "b-pyramid": pyramid, "refs": "4"}
+    path = encode(tmp_path / "a.mp4", 60, gop=gop, options=options)
+    with av.open(str(path)) as container:
+        everything = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    decoded = []
+    decode = media._VideoFile._decode
+    monkeypatch.setattr(media._VideoFile, "_decode", lambda *a: decoded.extend(frames := decode(*a)) or frames)
+    for num_frames in (2, 7, 23, 60):
+        decoded.clear()
+        video = load_video(path, num_frames=num_frames)
+        np.testing.assert_array_equal(video.frames, everything[np.linspace(0, 59, num_frames).round().astype(int)])
+        if num_frames == 7 and gop == 1000:
+            assert len(decoded) < 40  # of 60
+
+
+def test_chosen_times_give_their_frames(mp4):
+    _, times_s = sample_video(mp4, num_frames=9)
+    video = load_video(mp4, times_s=times_s[[1, 2, 7]])
+    assert numbers_of(video) == np.linspace(0, 39, 9).round()[[1, 2, 7]].tolist()
+    np.testing.assert_array_equal(np.concatenate(list(iter_video(mp4, times_s=times_s[[1, 2, 7]]))), video.frames)
+    for wrong in ([times_s[1] + 0.01], [99.0], [-1.0], times_s[[2, 1]], times_s[[1, 1]], []):
+        with pytest.raises(MediaError, match=r"plain\.mp4: times_s"):
+            load_video(mp4, times_s=np.array(wrong))
+    with pytest.raises(ValueError, match="times_s"):
+        load_video(mp4, times_s=times_s, fps=1)
+
+
+def test_a_frame_that_seeking_misses_comes_in_its_turn(mp4, monkeypatch):
+    """The seeking read leaves frame 5 out; 34 later ones are more than what is held back for it."""
+    by_seeking = media._VideoFile._by_seeking
+    fifth = media._VideoFile(open(mp4, "rb"), "", MediaLimits()).keys[5]  # noqa: SIM115
+
+    def without_fifth(self, *arguments):
+        return ((key, frame) for key, frame in by_seeking(self, *arguments) if key != fifth)
+
+    monkeypatch.setattr(media._VideoFile, "_by_seeking", without_fifth)
+    assert numbers_of(assert_read_alike(mp4)) == list(range(40))
+
+
+def test_frames_that_a_decoder_gives_out_of_order_come_in_order(mp4, monkeypatch):
+    sequentially = media._VideoFile._sequentially
+
+    def swapped(self, container, stream, keys):
+        frames = list(sequentially(self, container, stream, keys))
+        return iter(frames[10:20] + frames[:10] + frames[20:])
+
+    monkeypatch.setattr(media._VideoFile, "_by_seeking", lambda *arguments: iter(()))
+    monkeypatch.setattr(media._VideoFile, "_sequentially", swapped)
+    assert numbers_of(assert_read_alike(mp4)) == list(range(40))
+
+
+def test_iterating_holds_a_batch_at_a_time(tmp_path):
+    path = encode(tmp_path / "a.mp4", 200, gop=50, size=(64, 96))
+    peaks = []
+    for frames in (40, 200):
+        tracemalloc.start()
+        assert sum(len(batch) for batch in iter_video(path, num_frames=frames, size=(256, 256), batch=4)) == frames
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    of_a_frame = 256 * 256 * 3
+    assert peaks[1] < 16 * of_a_frame
+    assert peaks[1] - peaks[0] < 4 * of_a_frame
+
+
+def test_iterating_refuses_arguments_at_once(mp4):
+    for arguments in ({"batch": 0}, {"num_frames": 2, "fps": 1}, {"start_s": -1}, {"size": (0, 4)}, {"backend": "x"}):
+        with pytest.raises(ValueError, match=next(iter(arguments))):
+            iter_video(mp4, **arguments)
+    with pytest.raises(MediaError, match=r"40 frames.*max_frames accepts up to 39"):
+        next(iter_video(mp4, limits=MediaLimits(max_frames=39)))
+    assert len(next(iter_video(mp4, batch=1, limits=MediaLimits(max_bytes=30_000)))) == 1  # all would be 737,280 bytes
+
+
+def test_an_abandoned_iterator_closes_its_file(mp4):
+    descriptors = Path("/proc/self/fd")
+    if not descriptors.exists():
+        pytest.skip("no /proc")
+    before = len(list(descriptors.iterdir()))
+    frames = iter_video(mp4, batch=2)
+    next(frames)
+    assert len(list(descriptors.iterdir())) > before
+    frames.close()
+    assert len(list(descriptors.iterdir())) == before
 
 
 def test_odd_sizes_and_single_frames(tmp_path):
@@ -462,6 +664,21 @@ def test_odd_sizes_and_single_frames(tmp_path):
     video = load_video(encode(tmp_path / "one.mp4", 1), fps=2)
     assert numbers_of(video) == [0]
     assert video.duration_s == pytest.approx(1 / FPS)
+
+
+@pytest.mark.parametrize("size", [(2, 2), (1, 1), (1, 3000), (3000, 1)])
+def test_extreme_shapes_of_frames(size, tmp_path):
+    with av.open(str(tmp_path / "a.avi"), "w") as container:
+        stream = container.add_stream("rawvideo", rate=FPS)
+        stream.height, stream.width, stream.pix_fmt = *size, "bgr24"
+        for value in (20, 90, 200):
+            frame = np.full((*size, 3), value, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="bgr24")))
+        container.mux(stream.encode(None))
+    video = assert_read_alike(tmp_path / "a.avi")
+    assert video.frames.shape == (3, *size, 3)
+    assert [frame[0, 0, 0] for frame in video.frames] == [20, 90, 200]
+    assert assert_read_alike(tmp_path / "a.avi", size=(8, 8)).frames[2, 7, 7, 0] == 200
 
 
 def test_limits_of_a_video_are_checked_before_decoding(mp4, monkeypatch):
@@ -497,7 +714,8 @@ def test_files_joined_without_remuxing_are_refused(tmp_path):
 def test_frames_from_memory(mp4, tmp_path):
     frames = np.stack([numbered(i) for i in range(9)])
     for source in (frames, list(frames), [Image.fromarray(frame) for frame in frames]):
-        video = load_video(source, num_frames=3)
+        video = assert_read_alike(source, num_frames=3, size=(64, 80))
+        video = assert_read_alike(source, num_frames=3)
         assert numbers_of(video) == [0, 4, 8]
         assert video.timestamps_s.tolist() == [0, 4, 8]
         assert len(load_video(source).frames) == 9

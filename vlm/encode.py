@@ -1,0 +1,71 @@
+"""A video file to what the LLM reads of it, in memory that grows with the result alone."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .media import DEFAULT_LIMITS, MediaLimits, Video, iter_video
+from .model import FoveateForConditionalGeneration
+from .processor import FoveateProcessor
+from .tiling import normalise, split_tiles, to_tiles
+from .video import VideoPlan
+from .vision import TOWER_BATCH
+
+
+@torch.no_grad()
+def encode_video(
+    model: FoveateForConditionalGeneration,
+    processor: FoveateProcessor,
+    source: Any,
+    plan: VideoPlan,
+    queries: int | None = None,
+    limits: MediaLimits = DEFAULT_LIMITS,
+) -> torch.Tensor:
+    """Encodes a video chunk by chunk as it is decoded.
+
+    Args:
+        source: what `load_video` takes, or a `Video`.
+        plan: what `processor.plan` or `plan_video` gave for it.
+        queries: tokens a frame, with projector `resampler`.
+        limits: see `media.py`.
+
+    Returns:
+        [plan.tokens, D], what `model.encode_videos` gives of all its frames at once.
+
+    Raises:
+        MediaError: it can't be read, or a frame can't be decoded.
+    """
+    group = model.config.video_pool[0]
+    batch = group * max(1, TOWER_BATCH // group)  # whole groups
+    result, done = None, 0
+    for frames in _frames(processor, source, plan, batch, limits):
+        tiles = to_tiles(list(frames), plan.size, processor.resample)
+        if model.config.tiling == "native":
+            tiles = np.concatenate([split_tiles(frame, plan.grid) for frame in tiles])
+        inputs = {"pixel_values_videos": normalise(tiles, processor.image_mean, processor.image_std).to(model.device)}
+        inputs["video_grids"] = torch.tensor([[len(frames), *plan.grid]])
+        if queries is not None:
+            inputs["video_queries"] = torch.tensor([queries])
+        [tokens] = model.encode_videos(**inputs)
+        if result is None:
+            result = tokens.new_empty(plan.tokens, tokens.shape[1])
+        result[done : done + len(tokens)] = tokens
+        done += len(tokens) - (model.config.tiling == "anyres")  # whose newline ends the last chunk alone
+    assert result is not None  # a plan has frames
+    return result
+
+
+def _frames(
+    processor: FoveateProcessor, source: Any, plan: VideoPlan, batch: int, limits: MediaLimits
+) -> Iterator[np.ndarray]:
+    """uint8 [up to batch, height, width, 3] of a plan's frames."""
+    if isinstance(source, Video):
+        chosen = source.frames[np.isin(source.timestamps_s, plan.times_s)]
+        yield from (chosen[start : start + batch] for start in range(0, len(chosen), batch))
+        return
+    size = plan.size if processor.resample == Image.Resampling.BICUBIC else None  # what decoding resizes with
+    backend = processor.video_backend
+    yield from iter_video(source, times_s=plan.times_s, size=size, backend=backend, batch=batch, limits=limits)
