@@ -8,6 +8,7 @@
 #   train  `foveate bench train` of the 2B shape at 8k tokens: packed against padded, parts of a step, MFU, memory with
 #          and without the fused loss. TRAIN_OPTIONS replaces "--checkpointing tower --workers 4".
 #   zero   the same steps of the 0.5B shape with plain torch, ZeRO-2 and ZeRO-3, where DeepSpeed is installed
+#   encode `foveate bench encode` of SigLIP so400m: tower and projector by tiling and projector, against one tile an image
 # PYTHON names the interpreter; the package need not be installed. COMMIT says what is measured where git does not.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -15,7 +16,7 @@ python=${PYTHON:-python3}
 out=${1:?usage: scripts/gpu_suite.sh OUT [PIECE ...]}
 shift
 pieces=("$@")
-[ ${#pieces[@]} -gt 0 ] || pieces=(tests train zero)
+[ ${#pieces[@]} -gt 0 ] || pieces=(tests train zero encode)
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 
@@ -64,8 +65,11 @@ for piece in "${pieces[@]}"; do
         bench 190 "bench_$engine" train --model 0.5b --tokens 8192 --steps 10 --workers 4 --engine "$engine" || status=1
       done
       ;;
+    encode)
+      bench 290 bench_encode encode --shape so400m || status=1
+      ;;
     *)
-      echo "gpu_suite: no piece '$piece'; accepted: tests, train, zero" >&2
+      echo "gpu_suite: no piece '$piece'; accepted: tests, train, zero, encode" >&2
       exit 2
       ;;
   esac

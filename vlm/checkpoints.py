@@ -117,8 +117,8 @@ def from_hf(
     """
     if (model_type := read_config(source).get("model_type")) not in READERS:
         raise CheckpointError(
-            f"model_type is {model_type!r}; accepted: a model that Foveate trained or exported, {', '.join(READERS)}, or "
-            "VILA's layout"
+            f"model_type is {model_type!r}; accepted: a model that Foveate trained or exported, {', '.join(READERS)}, "
+            "or VILA's layout"
         )
     stock_config = AutoConfig.from_pretrained(source)
     if getattr(stock_config, "quantization_config", None):
