@@ -5,6 +5,7 @@ different data so call the same modules and have gradients for the same paramete
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -77,9 +78,10 @@ class _Encoder:
         if pixels.dtype == torch.uint8:
             pixels = normalise_tensor(pixels, self.processor.image_mean, self.processor.image_std)
         grids, queries = inputs.get(f"{kind}_grids"), inputs.get(f"{kind}_queries")
+        vision = replace(self.model.vision, tower_batch=None)  # one call, in validation too, as ranks under ZeRO-3 need
         if kind == "image":
-            return torch.cat(self.model.encode_images(pixels, grids, inputs.get("image_sizes"), queries))
-        return torch.cat(self.model.encode_videos(pixels, grids, queries))
+            return torch.cat(vision.encode_images(pixels, grids, inputs.get("image_sizes"), queries))
+        return torch.cat(vision.encode_videos(pixels, grids, queries))
 
     def blank(self, device: torch.device) -> torch.Tensor:
         """Features of an empty frame, the least that runs tower and projector once."""

@@ -26,7 +26,7 @@ from .config import FoveateConfig
 from .processor import add_media_tokens
 from .projector import Projector
 from .resampler import Resampler
-from .vision import VisionEncoder
+from .vision import TOWER_BATCH, VisionEncoder
 
 # Inputs that only the first forward of a generation takes: afterwards their tokens are in the KV cache.
 IMAGE_INPUTS = ("pixel_values", "image_grids", "image_sizes", "image_queries")
@@ -131,7 +131,7 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
     def vision(self) -> VisionEncoder:
         """Tower, merging of tiles and projector as one."""
         newline = self.image_newline if self.config.tiling == "anyres" else None
-        return VisionEncoder(self.vision_tower, self.multi_modal_projector, self.config, newline)
+        return VisionEncoder(self.vision_tower, self.multi_modal_projector, self.config, newline, TOWER_BATCH)
 
     def encode_images(
         self,

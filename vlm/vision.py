@@ -15,7 +15,7 @@ from .resampler import Resampler
 from .tiling import Grid, grid_levels, merge_scales, merge_tiles
 from .tower import run_native_tower, run_tower
 
-TOWER_BATCH = 32  # tiles that the tower takes at a time where no gradients are wanted: what bounds its memory
+TOWER_BATCH = 32  # tiles: large enough to fill a GPU
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,15 @@ class VisionEncoder:
     Attributes:
         tower, projector, config: the model's.
         newline: [D], what ends each row of an `anyres` map.
+        tower_batch: tiles that the tower takes at a time where no gradients are wanted, which bounds its memory; None:
+            all at once, as ranks need that share weights and have to call them equally often.
     """
 
     tower: PreTrainedModel
     projector: Projector | Resampler
     config: FoveateConfig
-    newline: nn.Parameter | None = None
+    newline: nn.Parameter | None
+    tower_batch: int | None
 
     def encode_images(
         self,
@@ -101,7 +104,7 @@ class VisionEncoder:
         else:
             grids = [(frames, rows, columns) for frames, rows, columns in _numbers("video_grids", video_grids, 3)]
         _check_tiles("video_grids", pixel_values_videos, sum(math.prod(grid) for grid in grids))
-        if torch.is_grad_enabled():  # one call for all, so that ranks that share weights call alike
+        if torch.is_grad_enabled() or self.tower_batch is None:
             videos = [self._pooled(maps) for maps in self._frame_maps(pixel_values_videos, grids)]
         else:
             parts = pixel_values_videos.split([math.prod(grid) for grid in grids])
@@ -114,7 +117,7 @@ class VisionEncoder:
     def _encode_video(self, pixels: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
         """One video's tokens [groups of frames, tokens, D], in chunks of whole groups."""
         tiles, group = grid[1] * grid[2], self.config.video_pool[0]
-        chunks = pixels.split(tiles * group * max(1, TOWER_BATCH // group))
+        chunks = pixels.split(tiles * group * max(1, (self.tower_batch or len(pixels)) // group))
         maps = (self._frame_maps(chunk, [(len(chunk) // tiles, grid[1], grid[2])])[0] for chunk in chunks)
         return torch.cat([self._pooled(one) for one in maps])
 
@@ -154,19 +157,19 @@ class VisionEncoder:
 
     def _tower(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """[tiles, 3, height, width] to ([tiles, tower tokens, C], grid in patches)."""
-        if torch.is_grad_enabled() or len(pixel_values) <= TOWER_BATCH:
+        if torch.is_grad_enabled() or self.tower_batch is None or len(pixel_values) <= self.tower_batch:
             return run_tower(self.tower, self.config, pixel_values)
-        parts = [run_tower(self.tower, self.config, part) for part in pixel_values.split(TOWER_BATCH)]
+        parts = [run_tower(self.tower, self.config, part) for part in pixel_values.split(self.tower_batch)]
         return torch.cat([features for features, _ in parts]), parts[0][1]
 
     def _native_maps(self, patches: torch.Tensor, grids: list[Grid]) -> list[torch.Tensor]:
         """Patches of images of any grid to their features, [rows, columns, C] each."""
         _check_tiles("image_grids", patches, sum(math.prod(grid) for grid in grids))
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.tower_batch is None:
             return run_native_tower(self.tower, self.config, patches, torch.tensor(grids))
         maps, after = [], 0
-        for start in range(0, len(grids), TOWER_BATCH):
-            some = grids[start : start + TOWER_BATCH]
+        for start in range(0, len(grids), self.tower_batch):
+            some = grids[start : start + self.tower_batch]
             before, after = after, after + sum(math.prod(grid) for grid in some)
             maps += run_native_tower(self.tower, self.config, patches[before:after], torch.tensor(some))
         return maps

@@ -12,6 +12,7 @@ from foveate.data.packing import collate
 from foveate.train.build import build_model
 from foveate.train.objectives import NextToken
 from foveate.train.recipe import ModelRecipe
+from foveate.vlm import model as model_module
 from foveate.vlm.model import FoveateForConditionalGeneration
 from foveate.vlm.processor import FoveateProcessor
 
@@ -98,6 +99,18 @@ def test_without_media_tower_and_projector_run_once_and_get_zero_gradients(name:
     calls.clear()
     objective(collate([[encode(DOCUMENTS[3], processor)]], processor).inputs, 2).backward()
     assert set(calls.values()) == {2}  # once for images, once for frames: alike on all ranks
+
+
+@pytest.mark.parametrize("name", ["tiles", "native"])
+def test_validation_calls_the_tower_once_for_any_number_of_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = made(name)
+    monkeypatch.setattr(model_module, "TOWER_BATCH", 1)
+    calls: list[int] = []
+    model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    samples = [encode(document, processor) for document in DOCUMENTS]
+    with torch.inference_mode():
+        NextToken(model, processor, chunks=1, same_calls=True)(collate([samples], processor).inputs, 2)
+    assert len(calls) == 2  # images, frames
 
 
 def test_a_document_whose_tiles_would_have_to_shrink_is_refused() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from foveate.vlm import model as model_module
 from foveate.vlm import vision
 from foveate.vlm.media import Video
 from foveate.vlm.model import FoveateForConditionalGeneration
@@ -186,7 +187,7 @@ def test_a_few_tiles_at_a_time_give_the_same_features(tiny: Any, name: str, monk
 
     for function in run:
         monkeypatch.setattr(vision, function, counted(function))
-    monkeypatch.setattr(vision, "TOWER_BATCH", 3)
+    monkeypatch.setattr(model_module, "TOWER_BATCH", 3)
     with torch.no_grad():
         chunked = model(**inputs).logits
     assert max(counts) <= 3
