@@ -28,7 +28,7 @@ def build_model(recipe: ModelRecipe) -> tuple[FoveateForConditionalGeneration, F
         model = FoveateForConditionalGeneration.from_pretrained(recipe.path, **loading)
         return model, AutoProcessor.from_pretrained(recipe.path)
     if isinstance(recipe.vision, str) and isinstance(recipe.text, str):
-        options = recipe.config_fields | loading
+        options = recipe.config_fields | loading | {"tower_image_size": recipe.tower_image_size}
         model = FoveateForConditionalGeneration.from_parts(recipe.vision, recipe.text, **options)
         processor = FoveateProcessor.from_parts(recipe.vision, recipe.text, model.config, **recipe.processor)
         if len(processor.tokenizer) > model.config.text_config.vocab_size:  # it has added time tokens
@@ -47,8 +47,11 @@ def build_config(recipe: ModelRecipe) -> tuple[FoveateConfig, FoveateProcessor]:
         return FoveateConfig.from_pretrained(recipe.path), AutoProcessor.from_pretrained(recipe.path)
     if not (isinstance(recipe.vision, str) and isinstance(recipe.text, str)):
         return _from_scratch(recipe)
+    vision = tower_config(recipe.vision)
+    if recipe.tower_image_size is not None:
+        vision.image_size = recipe.tower_image_size
     config = FoveateConfig(
-        vision_config=tower_config(recipe.vision),
+        vision_config=vision,
         text_config=AutoConfig.from_pretrained(recipe.text),
         **recipe.config_fields,
     )

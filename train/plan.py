@@ -154,6 +154,8 @@ def _shape(recipe: ModelRecipe) -> tuple[FoveateConfig, FoveateProcessor]:
     if not (isinstance(recipe.vision, str) and isinstance(recipe.text, str)):
         return build_config(recipe)
     vision, text = known_tower(recipe.vision), known_llm(recipe.text)
+    if recipe.tower_image_size is not None:
+        vision.image_size = recipe.tower_image_size
     config = FoveateConfig(vision_config=vision, text_config=text, **recipe.config_fields)
     fields = {"image_size": tile_size(config)} | model_fields(config)
     return config, FoveateProcessor(glyph_tokenizer(), **fields | recipe.processor)

@@ -26,6 +26,7 @@ from .config import FoveateConfig
 from .processor import add_media_tokens
 from .projector import Projector
 from .resampler import Resampler
+from .tower import resize_positions
 from .vision import TOWER_BATCH, VisionEncoder
 
 # Inputs that only the first forward of a generation takes: afterwards their tokens are in the KV cache.
@@ -64,7 +65,12 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_parts(
-        cls, vision: str | PathLike, text: str | PathLike, projector: str = "downsample-2x2", **options: Any
+        cls,
+        vision: str | PathLike,
+        text: str | PathLike,
+        projector: str = "downsample-2x2",
+        tower_image_size: int | None = None,
+        **options: Any,
     ) -> "FoveateForConditionalGeneration":
         """Joins a pretrained tower and a pretrained LLM by a new projector.
 
@@ -75,6 +81,8 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
             vision: name or directory of a vision tower, or of a model that has one (CLIP, SigLIP).
             text: name or directory of a causal LLM with its tokenizer.
             projector: see `FoveateConfig`.
+            tower_image_size: side of the images, in pixels, to which the tower's position embedding is resized for good
+                (`tower.resize_positions`); its own when None.
             **options: fields of `FoveateConfig` (`vision_feature_layer`, …); of `from_pretrained` (`dtype`,
                 `attn_implementation`, `revision`, …) all that are not such fields, used for both parts.
         """
@@ -82,6 +90,8 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         config_options = {k: options.pop(k) for k in list(options) if k in config_fields}
         source = {k: options[k] for k in ("cache_dir", "local_files_only", "revision", "token") if k in options}
         tower = AutoModel.from_pretrained(vision, config=tower_config(vision, **source), **options)
+        if tower_image_size is not None:
+            resize_positions(tower, (tower_image_size, tower_image_size))
         llm = AutoModelForCausalLM.from_pretrained(text, **options)
         tokenizer = AutoTokenizer.from_pretrained(text, **source)
         image_token_id, video_token_id = add_media_tokens(tokenizer)

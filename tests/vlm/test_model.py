@@ -548,6 +548,23 @@ def test_joining_takes_fields_and_loading_options(tiny: Any, tmp_path: Path) -> 
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
 
 
+def test_joining_can_resize_the_tower_for_good(tiny: Any, tmp_path: Path) -> None:
+    make_tower(tiny, "siglip_vision", tmp_path / "vision")
+    make_llm(tiny, tmp_path / "text")
+    parts = (tmp_path / "vision", tmp_path / "text")
+    model = FoveateForConditionalGeneration.from_parts(*parts, tower_image_size=24)
+    assert model.config.vision_config.image_size == 24
+    assert FoveateProcessor.from_parts(*parts, model.config).image_size == (24, 24)
+    model.save_pretrained(tmp_path / "joined")
+    loaded = FoveateForConditionalGeneration.from_pretrained(tmp_path / "joined")
+    plain = FoveateForConditionalGeneration.from_parts(*parts)  # interpolates whenever it runs
+    pixels = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        expected, _ = plain.vision._tower(pixels)
+        for resized in (model, loaded):
+            torch.testing.assert_close(resized.vision._tower(pixels)[0], expected)
+
+
 def test_joining_without_a_named_attention_keeps_the_parts_own(tiny: Any, tmp_path: Path) -> None:
     make_tower(tiny, "siglip_vision", tmp_path / "vision")
     make_llm(tiny, tmp_path / "text")
