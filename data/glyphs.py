@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..vlm.processor import CONTENT_MACRO, FoveateProcessor
 from .document import Document, Image, Text, Video, chat_document
+from .fine_glyphs import FINE_KIND_BUILDERS
 
 SPLITS = ("train", "dev", "test")
 CELL = 16  # pixels
@@ -477,4 +478,7 @@ KIND_BUILDERS: dict[str, Callable[[GlyphSource, np.random.Generator, str], Docum
     "scene_chat": _scene_chat,
     "clip_chat": _clip_chat,
     "needle_chat": _needle_chat,
+    **FINE_KIND_BUILDERS,
 }
+# For the region-text objective alone.
+REGION_KINDS = ("regions", "frame_regions", "fine_regions", "fine_scene_regions", "fine_frame_regions")

@@ -27,7 +27,7 @@ from .statistics import wilson_interval
 
 @dataclass(frozen=True)
 class Item:
-    """A question about one medium: an image array, or an mp4 file's bytes with the frames to take of it.
+    """A question about one medium: an image array, an array of frames, or an mp4's bytes with the frames to take of it.
 
     `answer_frame` is the first frame that shows the answer.
     """
@@ -123,7 +123,7 @@ def answer(
     images: list[Any] = []
     videos: list[Any] = []
     for item in items:
-        kind = "video" if isinstance(item.media, bytes) else "image"
+        kind = "video" if isinstance(item.media, bytes) or item.media.ndim == 4 else "image"
         (videos if kind == "video" else images).append(item.media)
         content = [{"type": kind}, {"type": "text", "text": item.question.text}]
         conversations.append([{"role": "user", "content": content}])

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..data.glyphs import KIND_BUILDERS, SPLITS, check_ranges
+from ..data.glyphs import KIND_BUILDERS, REGION_KINDS, SPLITS, check_ranges
 from ..vlm.projector import downsample_factor
 from ..vlm.tiling import TILINGS
 
@@ -45,6 +45,7 @@ class ModelRecipe(_Strict):
     vision: str | dict[str, Any] | None = None  # name or directory, or a configuration (random weights)
     text: str | dict[str, Any] | None = None
     embedding_scale: PositiveFloat = 1.0  # from scratch: the LLM's input embeddings start so many times larger
+    tower_image_size: PositiveInt | None = None  # to which a named tower's positions are resized; None: its own
     projector: str = "downsample-2x2"  # see vlm/projector.py
     resampler_tokens: PositiveInt = 256  # the most tokens a tile, with projector resampler
     tiling: Literal[TILINGS] = "resize"  # type: ignore[valid-type]  # see vlm/tiling.py
@@ -75,6 +76,8 @@ class ModelRecipe(_Strict):
             raise ValueError("accepted: path alone, or vision and text")
         if isinstance(self.vision, dict) != isinstance(self.text, dict):
             raise ValueError("vision and text must both be names, or both be configurations for random weights")
+        if self.tower_image_size is not None and not isinstance(self.vision, str):
+            raise ValueError("tower_image_size resizes a pretrained tower; accepted: with vision a name or directory")
         if self.embedding_scale != 1 and not isinstance(self.text, dict):
             raise ValueError(f"embedding_scale is {self.embedding_scale}, but pretrained weights are not scaled")
         return self
@@ -227,12 +230,12 @@ class StageRecipe(_Strict):
 
     def _check_data(self) -> None:
         glyphs = [data for data in self.data if isinstance(data, GlyphData)]
-        regions = [data.kind in ("regions", "frame_regions") for data in glyphs]
+        regions = [data.kind in REGION_KINDS for data in glyphs]
         if self.epochs is not None and any(data.documents is None for data in glyphs):
             raise ValueError("epochs needs finite data; accepted: glyphs with documents, or steps")
         if self.objective == "region_text":
             if not regions or not all(regions) or len(glyphs) < len(self.data):
-                raise ValueError("objective region_text needs data of kinds regions and frame_regions alone")
+                raise ValueError(f"objective region_text needs data of kinds {', '.join(REGION_KINDS)} alone")
             if not set(self.learning_rates) <= {"tower", "tower_norms", "projector"} or self.epochs:
                 raise ValueError(
                     "objective region_text does not run the LLM; accepted learning_rates: tower, projector; steps"
@@ -245,7 +248,7 @@ class StageRecipe(_Strict):
                     "documents; accepted: rows, micro_batches"
                 )
         elif any(regions):
-            raise ValueError("data of kinds regions and frame_regions fits objective region_text alone")
+            raise ValueError(f"data of kinds {', '.join(REGION_KINDS)} fits objective region_text alone")
 
 
 class TrackingRecipe(_Strict):
