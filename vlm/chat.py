@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from transformers import DynamicCache
 from transformers.generation.streamers import TextStreamer
@@ -138,9 +139,7 @@ class Chat:
             raise ValueError(
                 f"the question holds {processor.image_token} or {processor.video_token}; accepted: text without them"
             )
-        content = [] if self.messages else [{"type": kind} for kind in self.kinds]
-        turn = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
-        prompt = processor.apply_chat_template([*self.messages, turn], add_generation_prompt=True)
+        turn, prompt = self._prompt(question)
         [text], _ = processor.get_text_with_replacements([prompt], self.image_texts, self.video_texts)
         encoded = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(self.model.device)
         ids = encoded["input_ids"][0].tolist()
@@ -157,9 +156,33 @@ class Chat:
         self.cached_ids = generated[: cache.get_seq_length()]
         new = generated[len(ids) :]
         text = processor.tokenizer.decode(new, skip_special_tokens=True).strip()
-        self.messages += [turn, {"role": "assistant", "content": text}]
+        said = text if isinstance(turn["content"], str) else [{"type": "text", "text": text}]
+        self.messages += [turn, {"role": "assistant", "content": said}]
         first = clock.first_token_at or ended
         return Answer(text, len(ids), visual, len(new), first - began, ended - first)
+
+    def _prompt(self, question: str) -> tuple[dict, str]:
+        """The question as a turn, and the whole conversation as text, with a placeholder for each of the media."""
+        tokens = {"image": self.processor.image_token, "video": self.processor.video_token}
+        text = {"type": "text", "text": question}
+        contents: list[Any] = [[text], question]
+        if not self.messages:
+            # For templates that know no videos, or no content but text, placeholders are words.
+            words = "".join(f"{tokens[kind]}\n" for kind in self.kinds) + question
+            contents = [[*({"type": kind} for kind in self.kinds), text], [text | {"text": words}], words]
+        for content in contents:
+            turn = {"role": "user", "content": content}
+            try:
+                prompt = self.processor.apply_chat_template([*self.messages, turn], add_generation_prompt=True)
+            except (TypeError, TemplateError):
+                continue
+            complete = all(prompt.count(token) == self.kinds.count(kind) for kind, token in tokens.items())
+            if complete and question.strip() in prompt:
+                return turn, prompt
+        raise ValueError(
+            "the model's chat template leaves out the question or some of the media "
+            f"({', '.join(self.kinds) or 'none'}); accepted: a template for parts of text, image and video, or for text"
+        )
 
     def _reuse_cache(self, ids: list[int]) -> DynamicCache:
         """Keeps what the cache and the prompt have in common; all media must be in it, or it is dropped."""

@@ -309,3 +309,38 @@ def test_times_of_day_are_seconds(text: str, seconds: float) -> None:
 def test_what_is_no_time_is_refused(text: str) -> None:
     with pytest.raises(cli.UsageError, match=r"accepted: \[\[hours:\]minutes:\]seconds"):
         cli._seconds(text)
+
+
+LLAVA = """{% for m in messages %}{{ m.role.upper() }}: \
+{% for c in m.content if c.type == 'image' %}<image>\n{% endfor %}\
+{% for c in m.content if c.type == 'text' %}{{ c.text }}{% endfor %} {% endfor %}ASSISTANT:"""
+TEXT_ALONE = "{% for m in messages %}[{{ m.role + '] ' + m.content }}{% endfor %}"
+NO_PLACE = "{% for m in messages %}{% for c in m.content if c.type == 'text' %}hello{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        (LLAVA, "USER: <image>\n<video>\nwhat ? ASSISTANT:"),
+        (TEXT_ALONE, "[user] <image>\n<video>\nwhat ?"),
+    ],
+)
+def test_templates_that_know_no_videos_or_no_parts_get_placeholders_as_words(
+    tiny: Any, template: str, prompt: str
+) -> None:
+    model, processor = tiny.model(), tiny.processor()
+    processor.chat_template = template
+    frames = np.zeros((2, 16, 16, 3), np.uint8)
+    chat = Chat(model, processor, [tiny.image(0), Video(frames, np.arange(2.0), 2.0, 1.0, 0)])
+    assert chat._prompt("what ?")[1] == prompt
+    assert chat.ask("what ?", 2).visual_tokens == 4 + 2 * 4
+    assert chat.ask("and ?", 2).visual_tokens == 4 + 2 * 4
+    said = chat.messages[1]["content"]
+    assert (said if isinstance(said, str) else said[0]["text"]) in chat._prompt("and ?")[1]
+
+
+def test_a_template_without_a_place_for_the_question_is_refused(tiny: Any) -> None:
+    processor = tiny.processor()
+    processor.chat_template = NO_PLACE
+    with pytest.raises(ValueError, match=r"chat template leaves out the question or some of the media \(image\)"):
+        Chat(tiny.model(), processor, [tiny.image(0)]).ask("what ?", 2)
