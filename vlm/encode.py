@@ -12,7 +12,7 @@ from .model import FoveateForConditionalGeneration
 from .processor import FoveateProcessor
 from .tiling import normalise, split_tiles, to_tiles
 from .video import VideoPlan
-from .vision import TOWER_BATCH
+from .vision import TOWER_BATCH, joined
 
 
 @torch.no_grad()
@@ -38,11 +38,23 @@ def encode_video(
     Raises:
         MediaError: it can't be read, or a frame can't be decoded.
     """
-    group = model.config.video_pool[0]
+    return joined(_chunks(model, processor, source, plan, queries, limits), plan.tokens)
+
+
+def _chunks(
+    model: FoveateForConditionalGeneration,
+    processor: FoveateProcessor,
+    source: Any,
+    plan: VideoPlan,
+    queries: int | None,
+    limits: MediaLimits,
+) -> Iterator[torch.Tensor]:
+    """What the LLM reads of a few frames at a time, [tokens, D]."""
+    group, done = model.config.video_pool[0], 0
     batch = group * max(1, TOWER_BATCH // group)  # whole groups
-    result, done = None, 0
     for frames in _frames(processor, source, plan, batch, limits):
-        tiles = to_tiles(list(frames), plan.size, processor.resample)
+        done += len(frames)
+        tiles = to_tiles(frames, plan.size, processor.resample)
         if model.config.tiling == "native":
             tiles = np.concatenate([split_tiles(frame, plan.grid) for frame in tiles])
         inputs = {"pixel_values_videos": normalise(tiles, processor.image_mean, processor.image_std).to(model.device)}
@@ -50,12 +62,9 @@ def encode_video(
         if queries is not None:
             inputs["video_queries"] = torch.tensor([queries])
         [tokens] = model.encode_videos(**inputs)
-        if result is None:
-            result = tokens.new_empty(plan.tokens, tokens.shape[1])
-        result[done : done + len(tokens)] = tokens
-        done += len(tokens) - (model.config.tiling == "anyres")  # whose newline ends the last chunk alone
-    assert result is not None  # a plan has frames
-    return result
+        if model.config.tiling == "anyres" and done < plan.frames:
+            tokens = tokens[:-1]  # the newline that ends a video
+        yield tokens
 
 
 def _frames(

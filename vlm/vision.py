@@ -1,7 +1,7 @@
 """Images and frames to what the LLM reads: vision tower, merging of tiles, projector, pooling over time."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -119,7 +119,7 @@ class VisionEncoder:
         tiles, group = grid[1] * grid[2], self.config.video_pool[0]
         chunks = pixels.split(tiles * group * max(1, (self.tower_batch or len(pixels)) // group))
         maps = (self._frame_maps(chunk, [(len(chunk) // tiles, grid[1], grid[2])])[0] for chunk in chunks)
-        return torch.cat([self._pooled(one) for one in maps])
+        return joined((self._pooled(one) for one in maps), -(-grid[0] // group))
 
     def _frame_maps(self, pixels: torch.Tensor, grids: Sequence[tuple[int, int, int]]) -> list[torch.Tensor]:
         """Each video's tokens as maps, [frames, rows, columns, D]; [frames, tokens, 1, D] where they have no grid."""
@@ -205,6 +205,18 @@ class VisionEncoder:
     def _end_of_row(self) -> torch.Tensor:
         assert self.newline is not None  # a model of tiling `anyres` has one
         return self.newline
+
+
+def joined(parts: Iterable[torch.Tensor], length: int) -> torch.Tensor:
+    """`torch.cat` of parts that come one by one, of so many rows together; they and the whole are never held twice."""
+    whole, end = None, 0
+    for part in parts:
+        if whole is None:
+            whole = part.new_empty(length, *part.shape[1:])
+        whole[end : end + len(part)] = part
+        end += len(part)
+    assert whole is not None and end == length
+    return whole
 
 
 def _check_pixels(name: str, pixels: torch.Tensor) -> None:
