@@ -203,18 +203,18 @@ def _place(row: int, column: int) -> str:
 
 
 def _fine_scene_regions(source: GlyphSource, rng: np.random.Generator, key: str) -> Document:
-    """A scene and, token by token of whatever square grid a model makes of it, the cell and the digit in the token.
+    """A scene and, token by token of the square grid that the model makes of it, the cell and the digit in the token.
 
-    Of half of the scenes the digits alone are told.
+    Of half of the scenes the digits alone are told. Grids of 18, 9, 6 or 3 tokens a side fit: a token has one cell.
 
     Raises:
-        ValueError: the tokens are no square grid that fits the slots.
+        ValueError: the model's tokens are no square grid.
     """
     scene = fine_scene(rng)
-    tokens = source.processor.plan_image(scene.picture.shape[:2]).tokens
+    tokens = source.processor.plan_image((SCENE, SCENE)).tokens
     side = math.isqrt(tokens)
-    if side * side != tokens or SIDE * SLOTS % side or side % SIDE:
-        raise ValueError(f"{key}: a scene is {tokens} tokens; accepted: 9, 36, 81 or 324, of which each is in one cell")
+    if side * side != tokens:
+        raise ValueError(f"{key}: a scene becomes {tokens} tokens; accepted: a square grid, as 324, 81 or 36")
     seen = {(int(glyph.y * side / SCENE), int(glyph.x * side / SCENE)): glyph for glyph in scene.cells}
     placed = rng.random() < 0.5
     texts = []

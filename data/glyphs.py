@@ -355,7 +355,7 @@ class GlyphSource:
 
     Args:
         kind: one of `KIND_BUILDERS`.
-        processor: for the chat template.
+        processor: for the chat template; of the kinds of `fine_glyphs.py` also for the size of tiles and frames.
         split: whose digit images are used.
         seed: of everything that is drawn.
         objects: lowest and highest number of objects in a scene.

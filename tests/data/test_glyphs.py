@@ -243,7 +243,8 @@ module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 from foveate.data.glyphs import CHAT_TEMPLATE, FRAME_SEPARATOR, glyph_tokenizer
 processor = module.FoveateProcessor(
-    glyph_tokenizer(), patch_size=8, chat_template=CHAT_TEMPLATE, frame_separator=FRAME_SEPARATOR
+    glyph_tokenizer(), image_size=(64, 64), video_size=(32, 32), patch_size=8, chat_template=CHAT_TEMPLATE,
+    frame_separator=FRAME_SEPARATOR
 )
 print(*module.digests(processor))
 """
