@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..vlm.processor import CONTENT_MACRO, FoveateProcessor
 from .document import Document, Image, Text, Video, chat_document
-from .fine_glyphs import FINE_KIND_BUILDERS
+from .fine_glyphs import COLOURS, FINE_KIND_BUILDERS
 
 SPLITS = ("train", "dev", "test")
 CELL = 16  # pixels
@@ -29,14 +29,6 @@ DIGITS = tuple("0123456789")
 REGION_DIGITS = 0.75  # of the glyphs that a tower is warmed up on: digits are what takes longest to learn
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
 KINDS = DIGITS + SHAPES
-COLOURS = {
-    "red": (235, 50, 40),
-    "green": (40, 200, 60),
-    "blue": (70, 110, 255),
-    "yellow": (240, 220, 40),
-    "cyan": (40, 215, 220),
-    "magenta": (230, 60, 220),
-}
 SIDE = 4  # cells a scene is wide and high
 CELLS = tuple(f"{column}{row}" for row in range(1, SIDE + 1) for column in "abcd")  # raster order
 
