@@ -10,6 +10,7 @@ from PIL import Image
 from .media import DEFAULT_LIMITS, MediaLimits, Video, iter_video
 from .model import FoveateForConditionalGeneration
 from .processor import FoveateProcessor
+from .pruning.videos import whole_video
 from .tiling import normalise, split_tiles, to_tiles
 from .video import VideoPlan
 from .vision import TOWER_BATCH, joined
@@ -33,12 +34,16 @@ def encode_video(
         limits: see `media.py`.
 
     Returns:
-        [plan.tokens, D], what `model.encode_videos` gives of all its frames at once.
+        [plan.tokens, D], what `model.encode_videos` gives of all its frames at once; within `foveate.reduce` too.
 
     Raises:
         MediaError: it can't be read, or a frame can't be decoded.
     """
-    return joined(_chunks(model, processor, source, plan, queries, limits), plan.tokens)
+    tail = int(model.config.tiling == "anyres")  # the newline that ends a video
+    groups = -(-plan.frames // model.config.video_pool[0])
+    with whole_video(model) as reduced:
+        features = joined(_chunks(model, processor, source, plan, queries, limits), plan.tokens)
+        return reduced(features, groups, tail)
 
 
 def _chunks(
