@@ -47,6 +47,8 @@ class _TextRated(Pruner):
         tokens = 192 if self.tokens is None else self.tokens
         if isinstance(tokens, int) and self.layers in (None, LAYERS) and tokens in PUBLISHED:
             return PUBLISHED[tokens]
+        if isinstance(tokens, int) and len(self.stages) == 1:
+            tokens = (tokens,)
         if isinstance(tokens, int) or len(tokens) != len(self.stages) or min(tokens) < 1:
             raise ValueError(
                 f"tokens is {tokens}; accepted: with layers={LAYERS} one of {', '.join(map(str, PUBLISHED))}, "

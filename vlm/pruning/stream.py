@@ -94,7 +94,7 @@ class Stream:
         self.rows, self.has_holes = rows, any(len(row) < width for row in rows)
         choice = Choice(*(torch.stack([pad(one, (width - len(one), 0), value=-1) for one in all_rows])
                           for all_rows in (sources, places)))  # fmt: skip
-        self.slots = take(self.slots, choice.places, fill=-1)
+        self.slots = take(self.slots, choice.places, -1, self.has_holes)
         return choice
 
 
@@ -119,8 +119,10 @@ def _chosen(row: Row, selection: Selection | None, width: int) -> tuple[Row, tor
     return Row(columns[:texts], columns[texts:], given), source[order], place[order]
 
 
-def take(values: torch.Tensor, columns: torch.Tensor, fill: Any) -> torch.Tensor:
-    """Columns of `values` [batch, columns, ...], [batch, new columns, ...], with `fill` where they are -1."""
+def take(values: torch.Tensor, columns: torch.Tensor, fill: Any, has_holes: bool = True) -> torch.Tensor:
+    """Columns of `values` [batch, columns, ...], [batch, new columns, ...], with `fill` where they are -1 (holes)."""
     rows = torch.arange(len(values), device=values.device)[:, None]
+    if not has_holes:
+        return values[rows, columns]
     taken = values[rows, columns.clamp(min=0)]
     return torch.where((columns < 0).view(*columns.shape, *[1] * (values.ndim - 2)), fill, taken)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from foveate.vlm.pruning.base import Sight
+from foveate.vlm.pruning.parse import parse_method
 from foveate.vlm.pruning.sparsevlm import SparseVLM, SparseVLMPlus
 
 from . import oracle
@@ -110,6 +111,14 @@ def test_raters_of_many_visual_tokens_are_those_of_the_whole_softmax():
     visual, text = torch.randn(9000, 8, dtype=torch.float64), torch.randn(30, 8, dtype=torch.float64)
     relevance = (visual @ text.T).softmax(1).mean(0)
     assert SparseVLM().raters(visual, text).tolist() == (relevance > relevance.mean()).tolist()
+
+
+def test_settings_are_read_from_text():
+    assert parse_method("sparsevlm:tokens=192") == SparseVLM(tokens=192)
+    assert parse_method("sparsevlm:layers=2/6,tokens=300/200") == SparseVLM(tokens=(300, 200), layers=(2, 6))
+    assert parse_method("sparsevlm:scale=13.5,bias=0") == SparseVLM(scale=13.5)
+    single = parse_method("sparsevlm+:layers=2,tokens=30,per=0")
+    assert single.stages == (3,) and single._counts() == (30,)
 
 
 def test_prunes_the_output_of_the_papers_layers():
