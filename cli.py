@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,6 +45,14 @@ STOPPED = 130  # the exit code that typer turns Ctrl-C into
 
 ModelArgument = Annotated[
     str, typer.Argument(help="Directory or Hugging Face name of a Foveate model.", metavar="MODEL")
+]
+PruneOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prune",
+        help="Drop visual tokens by this method, such as fastv:layer=2,keep=0.5; may be given several times.",
+        metavar="METHOD[:FIELD=VALUE,...]",
+    ),
 ]
 
 
@@ -233,40 +242,69 @@ def ask(
         int | None, typer.Option(min=1, help="Of all media: fewer frames, then a lower resolution, until they fit.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
+    prune: PruneOption = None,
+    show: Annotated[
+        Path | None, typer.Option(help="With --prune: PNG to write, the media with the tokens lit that are kept.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print answer, tokens and seconds as JSON.")] = False,
 ) -> None:
-    """Answer a question about images and videos; without a question, answer several about the same media."""
+    """Answer a question about images and videos; without a question, answer several about the same media.
+
+    With --prune, what was processed is told on stderr.
+    """
     paths, question = _split_question(media_and_question or [])
     if as_json and question is None:
         raise typer.BadParameter("--json needs a question")
+    if show is not None:
+        for given, needed in ((prune, "--prune"), (paths, "an image or a video"), (question, "a question")):
+            if not given:
+                raise typer.BadParameter(f"--show needs {needed}")
+        if show.is_dir() or not show.parent.is_dir():
+            raise typer.BadParameter(f"--show {show}: accepted: a file in a folder that exists")
     if frames is not None and fps is not None:
         raise typer.BadParameter(f"--frames {frames} and --fps {fps}: only one of them is accepted")
     if end_s is not None and end_s <= (start_s or 0):
         raise typer.BadParameter(f"--from {start_s or 0} s and --to {end_s} s: the end must be after the beginning")
+    methods = _methods(prune)
     from .vlm.chat import Chat, load_media
+    from .vlm.pruning import Reduction
+    from .vlm.pruning.report import cost_lines, costs_of_first
+    from .vlm.pruning.show import check_places, kept_picture
 
     began = time.perf_counter()
     loaded, processor = _load(model)
     after_load = time.perf_counter()
+    if show is not None:
+        check_places(processor.image_tiling)
     clip: dict[str, float | None] = {"fps": fps, "start_s": start_s, "end_s": end_s}
-    media = [load_media(path, frames, processor, **clip) for path in paths]
-    chat = Chat(loaded, processor, media, max_visual_tokens)
-    media_s = time.perf_counter() - after_load
+    reduction = Reduction(loaded, methods) if methods else None
 
-    def show(text: str) -> None:
+    def write(text: str) -> None:
         print(text, end="", flush=True)
 
-    if question is None:
-        while (line := _read_question()) is not None:
-            try:
-                chat.ask(line, max_new_tokens, show)
-            except ValueError as error:  # of this question; the conversation goes on
-                print(f"foveate: {error}", end="", file=sys.stderr, flush=True)
-            print()
-        return
-    answer = chat.ask(question, max_new_tokens, None if as_json else show)
+    with reduction or nullcontext():
+        media = [load_media(path, frames, processor, **clip) for path in paths]
+        chat = Chat(loaded, processor, media, max_visual_tokens)
+        media_s = time.perf_counter() - after_load
+        if question is None:
+            while (line := _read_question()) is not None:
+                told = len(reduction.prefills) if reduction else 0
+                try:
+                    chat.ask(line, max_new_tokens, write)
+                except ValueError as error:  # of this question; the conversation goes on
+                    print(f"foveate: {error}", end="", file=sys.stderr, flush=True)
+                print()
+                if reduction:
+                    _tell(cost_lines(reduction, told))
+            return
+        answer = chat.ask(question, max_new_tokens, None if as_json else write)
     if not as_json:
         print()
+        if reduction:
+            _tell(cost_lines(reduction) or ["visual tokens: none"])
+    if reduction and show is not None:
+        kept_picture(chat, reduction.prefills[0], methods).save(show, format="PNG")
+    if not as_json:
         return
     seconds = {
         "load": after_load - began,
@@ -275,9 +313,8 @@ def ask(
         "decode": answer.decode_s,
     }
     tokens = {"prompt": answer.prompt_tokens, "visual": answer.visual_tokens, "new": answer.new_tokens}
-    print(
-        json.dumps({"answer": answer.text, "tokens": tokens, "seconds": {k: round(v, 4) for k, v in seconds.items()}})
-    )
+    said = {"answer": answer.text, "tokens": tokens, "seconds": {k: round(v, 4) for k, v in seconds.items()}}
+    print(json.dumps(said | ({"prune": costs_of_first(reduction)} if reduction else {})))
 
 
 @app.command("import")
@@ -339,12 +376,27 @@ def evaluate(
     ] = None,
     n: Annotated[int, typer.Option(min=1, help="Questions a task.")] = 500,
     split: Annotated[Split, typer.Option(help="Whose digit images are shown; test is held out.")] = Split.test,
+    prune: PruneOption = None,
 ) -> None:
     """Measure a model's generated answers on a task, with 95 % intervals and baselines."""
+    methods = _methods(prune)
     from .eval.report import evaluate_and_report
 
     loaded, processor = _load(model)
-    evaluate_and_report(loaded, processor, out, n, split.value, Console())
+    evaluate_and_report(loaded, processor, out, n, split.value, Console(), methods)
+
+
+def _methods(texts: list[str] | None) -> list[Any]:
+    """The methods that --prune names."""
+    if not texts:
+        return []
+    _quiet_libraries()
+    from .vlm.pruning import parse_method
+
+    try:
+        return [parse_method(text) for text in texts]
+    except ValueError as error:
+        raise typer.BadParameter(f"--prune: {error}") from error
 
 
 def _load(model: str, device: str | None = None) -> "tuple[FoveateForConditionalGeneration, FoveateProcessor]":
@@ -388,6 +440,12 @@ def _split_question(arguments: list[str]) -> tuple[list[str], str | None]:
     if " " not in last.strip() and Path(last).suffix:
         raise typer.BadParameter(f"{last}: no such file")
     return first, last
+
+
+def _tell(lines: list[str]) -> None:
+    """What is no answer goes to stderr."""
+    for line in lines:
+        print(line, file=sys.stderr)
 
 
 def _read_question() -> str | None:

@@ -86,6 +86,8 @@ class TaskResult:
 
     `chance` is one over the number of different facts that are asked for (`Question.fact`), `majority` the share of the
     commonest one: what a model would get that repeats the question's subject and always says that fact.
+    `visual_tokens` and `processed_visual_tokens` are means over the questions, where tokens were dropped: of those in
+    the prompt, and of those that a layer processed, the mean over layers too.
     """
 
     accuracy: float
@@ -95,9 +97,11 @@ class TaskResult:
     chance: float
     majority: float
     answers: list[dict[str, str]] = field(default_factory=list)
+    visual_tokens: float | None = None
+    processed_visual_tokens: float | None = None
 
     def summary(self) -> dict[str, float | int]:
-        return {k: v for k, v in asdict(self).items() if k != "answers"}
+        return {k: v for k, v in asdict(self).items() if k != "answers" and v is not None}
 
 
 def task_items(task: str, n: int, split: str = "test", seed: int = 0) -> Iterator[Item]:

@@ -5,6 +5,7 @@ import html
 import io
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from rich.table import Table
 from ..vlm.media import load_video
 from ..vlm.model import FoveateForConditionalGeneration
 from ..vlm.processor import FoveateProcessor
+from ..vlm.pruning import Reduction, method_text
+from ..vlm.pruning.report import mean_visual_tokens
 from .facts import run_facts
 from .glyphs import TASKS, Item, TaskResult, answer, evaluate, task_items
 
@@ -25,11 +28,21 @@ from matplotlib import pyplot as plt
 
 
 def evaluate_tasks(
-    model: FoveateForConditionalGeneration, processor: FoveateProcessor, n: int, split: str, console: Console
+    model: FoveateForConditionalGeneration,
+    processor: FoveateProcessor,
+    n: int,
+    split: str,
+    console: Console,
+    reduction: Reduction | None = None,
 ) -> dict[str, TaskResult]:
-    """Every task of the embedded data, printed as it is measured."""
+    """Every task of the embedded data, printed as it is measured.
+
+    Args:
+        reduction: within which it is called, and that tells how many visual tokens are processed.
+    """
     results = {}
     for task in TASKS:
+        done_before = len(reduction.prefills) if reduction else 0
         with console.status(task) as status:
 
             def show(done: int, task: str = task, status: Status = status) -> None:
@@ -37,9 +50,14 @@ def evaluate_tasks(
 
             results[task] = evaluate(model, processor, task, n, split, after_batch=show)
         r = results[task]
+        processed = ""
+        if reduction:
+            r.visual_tokens, r.processed_visual_tokens = mean_visual_tokens(reduction.prefills[done_before:])
+            processed = f"  visual tokens {r.processed_visual_tokens:.1f} of {r.visual_tokens:.1f}"
         console.print(
             f"{task:>14}  {r.accuracy:.3f}  [{r.low:.3f}, {r.high:.3f}]  n={r.n}  "
-            f"chance {r.chance:.3f}  majority {r.majority:.3f}"
+            f"chance {r.chance:.3f}  majority {r.majority:.3f}{processed}",
+            soft_wrap=True,
         )
     return results
 
@@ -51,16 +69,28 @@ def evaluate_and_report(
     n: int,
     split: str,
     console: Console,
+    methods: Sequence[Any] = (),
 ) -> dict[str, TaskResult]:
-    """`evaluate_tasks`, then `metrics.json` and `report.html` in `out`."""
-    results = evaluate_tasks(model, processor, n, split, console)
+    """`evaluate_tasks`, then `metrics.json` and `report.html` in `out`.
+
+    Args:
+        methods: that drop visual tokens meanwhile; see `foveate.reduce`.
+    """
+    reduction = Reduction(model, methods) if methods else None
+    with reduction or nullcontext():
+        results = evaluate_tasks(model, processor, n, split, console, reduction)
+        if out is not None:
+            examples = example_items(split)
+            answers = answer_each(model, processor, examples)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        facts = run_facts(f"foveate eval --task glyphs --n {n} --split {split}")
+        prune = [method_text(method) for method in methods]
+        options = "".join(f" --prune {text}" for text in prune)
+        facts = run_facts(f"foveate eval --task glyphs --n {n} --split {split}{options}")
+        facts |= {"prune": prune} if prune else {}
         tasks = {task: result.summary() for task, result in results.items()}
         (out / "metrics.json").write_text(json.dumps(facts | {"tasks": tasks}, indent=1))
-        examples = example_items(split)
-        picture = examples_picture(examples, answer_each(model, processor, examples))
+        picture = examples_picture(examples, answers)
         page = html_page("Evaluation", facts, [accuracy_table(results), ("Examples", image_tag(picture))])
         (out / "report.html").write_text(page)
         console.print(f"report in {out / 'report.html'}")
@@ -150,13 +180,16 @@ def html_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def accuracy_table(results: dict[str, TaskResult]) -> tuple[str, str]:
+    header = ["task", "accuracy", "95 % interval", "n", "chance", "majority"]
     rows = [
-        (task, f"{r.accuracy:.3f}", f"{r.low:.3f} – {r.high:.3f}", r.n, f"{r.chance:.3f}", f"{r.majority:.3f}")
+        [task, f"{r.accuracy:.3f}", f"{r.low:.3f} – {r.high:.3f}", r.n, f"{r.chance:.3f}", f"{r.majority:.3f}"]
         for task, r in results.items()
     ]
-    return "Accuracy of generated answers", html_table(
-        ("task", "accuracy", "95 % interval", "n", "chance", "majority"), rows
-    )
+    if any(r.processed_visual_tokens is not None for r in results.values()):
+        header += ["visual tokens", "processed by a layer"]
+        for row, r in zip(rows, results.values(), strict=True):
+            row += [f"{r.visual_tokens:.1f}", f"{r.processed_visual_tokens:.1f}"]
+    return "Accuracy of generated answers", html_table(header, rows)
 
 
 def html_page(title: str, facts: dict[str, Any], sections: Iterable[tuple[str, str]]) -> str:

@@ -36,11 +36,13 @@ COMMANDS = {
         "--to",
         "--max-visual-tokens",
         "--max-new-tokens",
+        "--prune",
+        "--show",
         "--json",
     ],
     "import": ["SOURCE", "OUT", "--dtype"],
     "export": ["MODEL", "OUT", "--format", "code", "stock", "vila"],
-    "eval": ["MODEL", "--task", "glyphs", "--out", "--n", "--split"],
+    "eval": ["MODEL", "--task", "glyphs", "--out", "--n", "--split", "--prune"],
 }
 FOVEATE = str(Path(sys.executable).with_name("foveate"))
 
@@ -133,11 +135,26 @@ def test_help_of_a_command_names_its_arguments(foveate: Callable[..., Ran], comm
         (["ask", "m", "missing.png"], "missing.png: no such file"),
         (["ask", "m", "--json"], "--json needs a question"),
         (["ask", "m", "what ?", "--frames", "0"], "--frames"),
+        (["ask", "m", "what ?", "--prune", "fastw"], "--prune: method is 'fastw'; accepted: fastv, sparsevlm, "),
+        (
+            ["ask", "m", "what ?", "--prune", "evs", "--prune", "fastv:layr=1"],
+            "fastv has no field 'layr'",
+        ),
+        (["ask", "m", "what ?", "--prune", "fastv:keep=all"], "fastv: keep is 'all'; accepted: a number"),
+        (["ask", "m", ".", "what ?", "--show", "a.png"], "--show needs --prune"),
+        (["ask", "m", "what ?", "--prune", "evs", "--show", "a.png"], "--show needs an image or a video"),
+        (["ask", "m", ".", "--prune", "evs", "--show", "a.png"], "--show needs a question"),
+        (
+            ["ask", "m", ".", "?", "--prune", "evs", "--show", "no/a.png"],
+            "--show no/a.png: accepted: a file",
+        ),
+        (["ask", "m", ".", "?", "--prune", "evs", "--show", "."], "--show .: accepted: a file in a folder"),
         (["export", "m"], "Missing argument 'OUT'"),
         (["export", "m", "out", "--format", "onnx"], "'code', 'stock'"),
         (["export", "./no/model", "out"], "no such folder"),
         (["eval", "m", "--n", "many"], "--n"),
         (["eval", "m", "--task", "poems"], "glyphs"),
+        (["eval", "m", "--prune", "evs:keep"], "--prune: evs: 'keep' is not FIELD=VALUE; accepted fields: keep, "),
         (["eval", "/no/model"], "/no/model: no such folder"),
     ],
 )
@@ -194,6 +211,57 @@ def test_ask_prints_json(foveate: Callable[..., Ran], model: Path, png: Path, mp
     assert said["tokens"]["visual"] == 16 + 5 * 4
     assert said["tokens"]["prompt"] == 1 + 16 + 5 * 5 + 5 + 1
     assert 1 <= said["tokens"]["new"] <= 3
+
+
+def test_ask_tells_what_was_pruned_and_draws_it(
+    foveate: Callable[..., Ran], model: Path, png: Path, mp4: Path, tmp_path: Path
+) -> None:
+    arguments = ["ask", model, png, mp4, "what is at b3 ?", "--max-new-tokens", 3, "--frames", 5]
+    arguments += ["--prune", "dycoke:keep=0.5", "--prune", "fastv:layer=1,keep=0.25"]
+    ran = foveate(*arguments, "--show", tmp_path / "kept.png")
+    assert ran.code == 0, ran.err
+    assert ran.out.count("\n") == 1 and len(ran.out.split()) <= 3
+    kept = 16 + 4 + 2 + 2 + 2 + 4  # the picture, then frames of 4 tokens: whole, three compared, whole
+    by_layer, against = ran.err.splitlines()
+    assert by_layer == f"visual tokens: {kept} in layer 0, {round(kept / 4)} in layer 1"
+    assert against.startswith(f"processed visual tokens (mean) {(kept + round(kept / 4)) / 2:.4g} of 36 ")
+    assert "FLOPs" in against and "KV cache" in against
+    with Image.open(tmp_path / "kept.png") as picture:
+        assert picture.format == "PNG" and min(picture.size) > 100
+    told = json.loads(foveate(*arguments, "--json").out)
+    assert told["answer"] == ran.out.strip() and told["tokens"]["visual"] == 36
+    pruned, full = told["prune"].pop("pruned"), told["prune"].pop("full")
+    assert told["prune"] == {"methods": ["dycoke:keep=0.5,last_group=true,reindex=true", "fastv:layer=1,keep=0.25"]}
+    assert (pruned["visual"], full["visual"]) == ([kept, round(kept / 4)], [36, 36])
+    text = told["tokens"]["prompt"] - 36
+    assert pruned["kv_bytes"] / full["kv_bytes"] == (2 * text + kept + round(kept / 4)) / (2 * text + 72)
+    assert pruned["flops"] < full["flops"]
+
+
+def test_text_alone_has_nothing_to_prune(foveate: Callable[..., Ran], model: Path) -> None:
+    ran = foveate("ask", model, "what ?", "--max-new-tokens", 2, "--prune", "evs")
+    assert (ran.code, ran.err) == (0, "visual tokens: none\n")
+    assert foveate("ask", model, "what ?", "--max-new-tokens", 2).out == ran.out
+    told = json.loads(foveate("ask", model, "what ?", "--max-new-tokens", 2, "--prune", "evs", "--json").out)
+    assert told["prune"] == {"methods": ["evs:keep=0.5,reindex=false"]}
+
+
+def test_a_method_that_the_model_has_no_layer_for_is_a_users_error(
+    foveate: Callable[..., Ran], model: Path, png: Path
+) -> None:
+    foveate("ask", model, png, "what ?", "--prune", "fastv:layer=9").assert_user_error(
+        "FastV drops tokens before layer 9"
+    )
+
+
+def test_a_prompt_tells_once_what_was_pruned(
+    foveate: Callable[..., Ran], model: Path, png: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions = iter(["what is at b3 ?", "and at b4 ?", "exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(questions))
+    ran = foveate("ask", model, png, "--max-new-tokens", 2, "--prune", "random:layer=1,keep=0.5")
+    assert ran.code == 0 and ran.out.count("\n") == 2
+    assert ran.err.splitlines()[0] == "visual tokens: 16 in layer 0, 8 in layer 1" and ran.err.count("\n") == 2
 
 
 def test_long_question_is_no_file(foveate: Callable[..., Ran], model: Path) -> None:
@@ -331,3 +399,23 @@ def test_eval_writes_its_report(
     assert "colour_at" in ran.out and "n=2" in ran.out
     assert json.loads((tmp_path / "report" / "metrics.json").read_text())["tasks"]["colour_at"]["n"] == 2
     assert (tmp_path / "report" / "report.html").exists()
+
+
+def test_eval_within_a_reduction_says_which_and_how_much_is_processed(
+    foveate: Callable[..., Ran], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from foveate.eval import report
+
+    monkeypatch.setattr(report, "TASKS", {name: report.TASKS[name] for name in ("colour_at", "clip_colour_8")})
+    methods = ["--prune", "evs:keep=0.5", "--prune", "fastv:layer=1,keep=0.25"]
+    ran = foveate("eval", model, "--n", 3, "--split", "dev", "--out", tmp_path / "report", *methods)
+    assert ran.code == 0, ran.err
+    assert "visual tokens 10.0 of 16.0" in ran.out and "visual tokens 10.0 of 32.0" in ran.out
+    metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert metrics["prune"] == ["evs:keep=0.5,reindex=false", "fastv:layer=1,keep=0.25"]
+    assert "--prune evs:keep=0.5" in metrics["command"]
+    for task, given in (("colour_at", 16.0), ("clip_colour_8", 32.0)):  # EVS leaves 16 of the clip's 32
+        assert metrics["tasks"][task]["visual_tokens"] == given
+        assert metrics["tasks"][task]["processed_visual_tokens"] == (16 + 4) / 2
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "processed by a layer" in page and "evs:keep=0.5" in page

@@ -70,9 +70,22 @@ def image_tokens(size: tuple[int, int], grid: tuple[int, int], cells: tuple[int,
         cells: (rows, columns) of one tile in tokens.
         max_tiles: tiles' worth of tokens that the map may have before it is shrunk; None for any number.
     """
-    top, left = _padding(size, (grid[0] * cells[0], grid[1] * cells[1]))
-    rows, columns = _shrunk((grid[0] * cells[0] - 2 * top, grid[1] * cells[1] - 2 * left), cells, max_tiles)
+    _, (rows, columns) = map_cells(size, grid, cells, max_tiles)
     return cells[0] * cells[1] + rows * (columns + 1)
+
+
+def map_cells(
+    size: tuple[int, int], grid: tuple[int, int], cells: tuple[int, int], max_tiles: int | None
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What becomes of a grid's cells: (rows above and below, columns left and right) that are cut off as padding, and
+    (rows, columns) of the map after that.
+
+    Args:
+        size, grid, cells, max_tiles: see `image_tokens`.
+    """
+    top, left = _padding(size, (grid[0] * cells[0], grid[1] * cells[1]))
+    inner = (grid[0] * cells[0] - 2 * top, grid[1] * cells[1] - 2 * left)
+    return (top, left), _shrunk(inner, cells, max_tiles)
 
 
 def pack(
@@ -93,9 +106,8 @@ def pack(
     base, dim = features[0], features.shape[-1]
     tiles = features[1:].reshape(*grid, *cells, dim).transpose(1, 2)  # [rows, cells, columns, cells, D]
     whole = tiles.reshape(grid[0] * cells[0], grid[1] * cells[1], dim)
-    top, left = _padding(size, whole.shape[:2])
+    (top, left), (rows, columns) = map_cells(size, grid, cells, max_tiles)
     whole = whole[top : whole.shape[0] - top, left : whole.shape[1] - left]  # [rows, columns, D]
-    rows, columns = _shrunk(whole.shape[:2], cells, max_tiles)
     if (rows, columns) != tuple(whole.shape[:2]):
         whole = _bilinear(whole.unsqueeze(0), (rows, columns)).squeeze(0)
     ends = newline.to(whole).expand(rows, 1, dim)

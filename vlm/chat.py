@@ -17,6 +17,7 @@ from .encode import encode_video
 from .media import MediaError, Video, load_image, sample_video
 from .model import FoveateForConditionalGeneration
 from .processor import FoveateProcessor, VideoSource
+from .pruning.session import is_reduced
 
 
 def load_model(path: str | Path, device: str | None = None) -> tuple[FoveateForConditionalGeneration, FoveateProcessor]:
@@ -85,6 +86,12 @@ class Chat:
         media: what `load_media` gave.
         max_visual_tokens: budget of all media together; the processor's own when None. See `processor.plan`.
 
+    Made within `foveate.reduce`, it reads fewer visual tokens; it is then asked within it, too, and not elsewhere.
+
+    Attributes:
+        media: as given.
+        plan: what they became.
+
     Raises:
         MediaError: a frame can't be decoded.
         BudgetError: not even the lowest resolution fits the budget.
@@ -97,11 +104,11 @@ class Chat:
         media: Sequence[Image.Image | Video | VideoSource] = (),
         max_visual_tokens: int | None = None,
     ):
-        self.model, self.processor = model, processor
+        self.model, self.processor, self.media = model, processor, list(media)
         self.kinds = ["image" if isinstance(m, Image.Image) else "video" for m in media]
         images = [m for m in media if isinstance(m, Image.Image)]
         videos = [m for m in media if not isinstance(m, Image.Image)]
-        plan = processor.plan(images, videos, max_visual_tokens)
+        self.plan = plan = processor.plan(images, videos, max_visual_tokens)
         tiles = processor.cut(replace(plan, videos=()), images)
         self.image_texts, self.video_texts = list(tiles.image_texts), [one.text for one in plan.videos]
         self.features: dict[str, torch.Tensor] = {}  # [tokens, D] of all images, of all videos
@@ -117,6 +124,7 @@ class Chat:
                         for m, one in zip(videos, plan.videos, strict=True)
                     ]
                 )
+        self.reduced = is_reduced(model)
         self.messages: list[dict] = []
         self.cache: DynamicCache | None = None
         self.cached_ids: list[int] = []
@@ -130,9 +138,15 @@ class Chat:
             on_text: called with each new piece of the answer as it comes.
 
         Raises:
-            ValueError: the question holds a media placeholder, or is empty.
+            ValueError: the question holds a media placeholder, or is empty; or it was made within `foveate.reduce` and
+                is asked outside, or the other way round.
         """
         processor = self.processor
+        if is_reduced(self.model) != self.reduced:
+            here, there = ("outside", "within") if self.reduced else ("within", "outside")
+            raise ValueError(
+                f"asked {here} foveate.reduce, about media encoded {there}; accepted: both within, or neither"
+            )
         if not question.strip():
             raise ValueError("the question is empty; accepted: text")
         if processor.image_token in question or processor.video_token in question:
@@ -160,6 +174,12 @@ class Chat:
         self.messages += [turn, {"role": "assistant", "content": said}]
         first = clock.first_token_at or ended
         return Answer(text, len(ids), visual, len(new), first - began, ended - first)
+
+    @property
+    def visual_kinds(self) -> list[str]:
+        """Of each visual token in the KV cache, in order, whether it is of an `image` or a `video`."""
+        kinds = {self.processor.image_token_id: "image", self.processor.video_token_id: "video"}
+        return [kinds[i] for i in self.cached_ids if i in kinds]
 
     def _prompt(self, question: str) -> tuple[dict, str]:
         """The question as a turn, and the whole conversation as text, with a placeholder for each of the media."""

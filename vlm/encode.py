@@ -57,7 +57,7 @@ def _chunks(
     """What the LLM reads of a few frames at a time, [tokens, D]."""
     group, done = model.config.video_pool[0], 0
     batch = group * max(1, TOWER_BATCH // group)  # whole groups
-    for frames in _frames(processor, source, plan, batch, limits):
+    for frames in planned_frames(processor, source, plan, batch, limits):
         done += len(frames)
         tiles = to_tiles(frames, plan.size, processor.resample)
         if model.config.tiling == "native":
@@ -72,10 +72,13 @@ def _chunks(
         yield tokens
 
 
-def _frames(
-    processor: FoveateProcessor, source: Any, plan: VideoPlan, batch: int, limits: MediaLimits
+def planned_frames(
+    processor: FoveateProcessor, source: Any, plan: VideoPlan, batch: int, limits: MediaLimits = DEFAULT_LIMITS
 ) -> Iterator[np.ndarray]:
-    """uint8 [up to batch, height, width, 3] of a plan's frames."""
+    """Decodes a plan's frames, uint8 [up to batch, height, width, 3]; arguments as of `encode_video`.
+
+    Their size may be the source's own.
+    """
     if isinstance(source, Video):
         chosen = source.frames[np.isin(source.timestamps_s, plan.times_s)]
         yield from (chosen[start : start + batch] for start in range(0, len(chosen), batch))

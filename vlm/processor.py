@@ -471,7 +471,6 @@ class FoveateProcessor(ProcessorMixin):
             numbers of queries that this model needs.
         """
         inputs: dict[str, torch.Tensor] = {}
-        apart = self.tiling in ("native", "anyres") or self.video_pool[0] > 1 or self.query_tokens is not None
         for name, kind, tiles, grids, needed in (
             (
                 "pixel_values",
@@ -480,7 +479,7 @@ class FoveateProcessor(ProcessorMixin):
                 [m.image_grids for m in media],
                 self.tiling != "resize",
             ),
-            ("pixel_values_videos", "video", [m.frames for m in media], [m.video_grids for m in media], apart),
+            ("pixel_values_videos", "video", [m.frames for m in media], [m.video_grids for m in media], True),
         ):
             if not sum(len(one) for one in tiles):
                 continue

@@ -148,7 +148,7 @@ class Tiling:
             raise ValueError(f"image size is {height}x{width}; accepted: at least 1x1 pixels")
         if self.scheme == "anyres":
             grid = pick_grid((height, width), self.anyres_grids or GRIDS, self.tile)
-            tokens = image_tokens((height, width), grid, self._cells(), self.anyres_max_tiles)
+            tokens = image_tokens((height, width), grid, self.cells, self.anyres_max_tiles)
             return ImagePlan(((1, 1), grid), self.tile, grid, tokens)
         if self.scheme == "native":
             grid = self._native_grid(height, width)
@@ -207,7 +207,7 @@ class Tiling:
             smaller = tuple(grid for grid in self.anyres_grids or GRIDS if math.prod(grid) < most)
             if smaller:
                 return replace(self, anyres_grids=smaller)
-        rows, columns = self._cells()
+        rows, columns = self.cells
         if self.tokens_per_tile is not None or rows * columns == 1:
             return None
         aspect = self.aspect or self.tile[1] / self.tile[0]
@@ -220,8 +220,9 @@ class Tiling:
         cell = self.patch_size * self.r
         return replace(self, tile=(rows * cell, columns * cell), aspect=aspect)
 
-    def _cells(self) -> Grid:
-        """Rows and columns of a tile's tokens."""
+    @property
+    def cells(self) -> Grid:
+        """Rows and columns of a tile's tokens, prefix tokens apart."""
         side = self.patch_size
         return -(-(self.tile[0] // side) // self.r), -(-(self.tile[1] // side) // self.r)
 

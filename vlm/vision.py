@@ -107,8 +107,11 @@ class VisionEncoder:
         if torch.is_grad_enabled() or self.tower_batch is None:
             videos = [self._pooled(maps) for maps in self._frame_maps(pixel_values_videos, grids)]
         else:
-            parts = pixel_values_videos.split([math.prod(grid) for grid in grids])
-            videos = [self._encode_video(part, grid) for part, grid in zip(parts, grids, strict=True)]
+            runs = grids if apart else [(len(pixel_values_videos), 1, 1)]  # frames alike go through the tower together
+            parts = pixel_values_videos.split([math.prod(run) for run in runs])
+            videos = [self._encode_video(part, run) for part, run in zip(parts, runs, strict=True)]
+            if not apart:
+                videos = list(videos[0].split([grid[0] for grid in grids]))
         videos = [tokens.flatten(0, 1) for tokens in _first_queries("video_queries", video_queries, videos)]
         if self.config.tiling == "anyres":
             videos = [torch.cat([tokens, self._end_of_row()[None].to(tokens)]) for tokens in videos]

@@ -17,6 +17,7 @@ from foveate.vlm.chat import Chat, load_media, load_model
 from foveate.vlm.encode import encode_video
 from foveate.vlm.media import MediaError, Video, load_video
 from foveate.vlm.processor import VideoSource, model_fields
+from foveate.vlm.pruning import EVS, FastV, reduce
 
 DIGITS = "0123456789"
 QUESTIONS = ["What is in the picture?", "And left of it?", "How many digits appear?"]
@@ -196,6 +197,54 @@ def test_a_turn_interrupted_before_its_new_cache_is_filled(tiny: Any) -> None:
     assert chat.ask(QUESTIONS[1], max_new_tokens=8).text == undisturbed.ask(QUESTIONS[1], max_new_tokens=8).text
 
 
+def test_turns_within_a_reduction_answer_as_asked_afresh(tiny: Any) -> None:
+    """EVS keeps the same tokens whatever is asked, so that a new prefill of the whole conversation tells the answer."""
+    model, processor = tiny.model(dtype=torch.float64), tiny.processor()
+    given = [load_video(tiny.frames(0, 4)), tiny.image(1), load_video(tiny.frames(3, 6))]
+    reduction = reduce(model, EVS(keep=0.5))
+    with reduction:
+        chat = Chat(model, processor, given)
+        for turn, question in enumerate(QUESTIONS):
+            history = list(chat.messages)
+            with counting(model.language_model) as llm:
+                answer = chat.ask(question, max_new_tokens=6)
+            if turn:
+                assert llm[0]["inputs_embeds"].shape[1] < answer.prompt_tokens / 2
+            fresh = Chat(model, processor, given)
+            fresh.messages = history
+            assert fresh.ask(question, max_new_tokens=6).text == answer.text
+            assert chat.cache is not None and chat.cache.get_seq_length() == len(chat.cached_ids)
+            assert chat.cache.layers[0].keys.shape[2] == len(chat.cached_ids) - (16 - 8) - (24 - 12)
+    assert all(prefill.given == (16 + 4 + 24,) for prefill in reduction.prefills)
+    assert all(layer == (8 + 4 + 12,) for prefill in reduction.prefills for layer in prefill.visual)
+    assert len(reduction.prefills) == 1 + len(QUESTIONS)  # the chat's first, and each fresh one's
+
+
+def test_later_turns_prefill_nothing_visual_and_thin_layers_stay_thin(tiny: Any) -> None:
+    model, processor = tiny.model(dtype=torch.float64), tiny.processor()
+    reduction = reduce(model, FastV(layer=1, keep=0.5))
+    with reduction:
+        chat = Chat(model, processor, media(tiny))
+        for question in QUESTIONS:
+            chat.ask(question, max_new_tokens=6)
+            assert chat.cache is not None
+            held = [layer.keys.shape[2] for layer in chat.cache.layers]
+            assert held == [len(chat.cached_ids), len(chat.cached_ids) - 10]
+    assert [prefill.visual for prefill in reduction.prefills] == [((20,), (10,))]
+
+
+def test_what_was_encoded_within_a_reduction_is_not_asked_about_outside(tiny: Any) -> None:
+    model, processor = tiny.model(), tiny.processor()
+    with reduce(model, EVS(keep=0.5)):
+        within = Chat(model, processor, media(tiny))
+    with pytest.raises(ValueError, match=r"asked outside foveate.reduce, about media encoded within; accepted"):
+        within.ask("What?", max_new_tokens=1)
+    outside = Chat(model, processor, media(tiny))
+    with reduce(model, EVS(keep=0.5)), pytest.raises(ValueError, match=r"asked within foveate.reduce, about"):
+        outside.ask("What?", max_new_tokens=1)
+    assert outside.ask("What?", max_new_tokens=1).new_tokens == 1
+
+
 def test_a_saved_model_is_loaded_in_its_own_dtype(tiny: Any, tmp_path: Path) -> None:
     tiny.model(dtype=torch.bfloat16).save_pretrained(tmp_path)
     tiny.processor(num_frames=5).save_pretrained(tmp_path)
@@ -295,6 +344,15 @@ def test_a_video_encoded_in_chunks_is_the_video_encoded_whole(
             whole = model.encode_videos(**{name: inputs[name] for name in names if name in inputs})
         torch.testing.assert_close(chunked, torch.cat(whole))
         assert len(chunked) == plan.tokens
+        with reduce(model, EVS(keep=0.4)):  # compares frames across chunks too
+            thinned = encode_video(model, processor, source, plan.videos[0], plan.video_tiling.tokens_per_tile)
+            with torch.no_grad():
+                whole = model.encode_videos(**{name: inputs[name] for name in names if name in inputs})
+        torch.testing.assert_close(thinned, torch.cat(whole), equal_nan=True)
+        kept = ~thinned[:, 0].isnan()
+        end = int(topology == "anyres")
+        assert int(kept.sum()) == int((len(chunked) - end) * 0.4) + end
+        torch.testing.assert_close(thinned[kept], chunked[kept])
 
 
 @pytest.mark.parametrize(

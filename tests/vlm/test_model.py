@@ -239,8 +239,9 @@ def test_a_placeholder_mismatch_names_both_numbers(tiny: Any) -> None:
     inputs = mixed_inputs(tiny, processor)
     with pytest.raises(ValueError, match=r"12 image placeholder tokens .* 8 features"):
         model(**inputs | {"pixel_values": inputs["pixel_values"][:2]})
+    fewer = {"pixel_values_videos": inputs["pixel_values_videos"][:1], "video_grids": torch.tensor([[1, 1, 1]])}
     with pytest.raises(ValueError, match=r"8 video placeholder tokens .* 4 features"):
-        model(**inputs | {"pixel_values_videos": inputs["pixel_values_videos"][:1]})
+        model(**inputs | fewer)
     text = processor(text="no media", return_tensors="pt")
     with pytest.raises(ValueError, match=r"0 image placeholder tokens .* 4 features"):
         model(**text, pixel_values=inputs["pixel_values"][:1])

@@ -45,10 +45,10 @@ class HiRED(TowerPruner):
 
     def choose(self, image: VisualMap) -> Choice:
         tiles, (first, last) = image.tiles(), image.attention
-        budgets = {tile: max(1, int(len(columns) * self.keep)) for tile, columns in tiles.items()}
+        budgets = {tile: int(len(columns) * self.keep) for tile, columns in tiles.items()}
         if image.cut is not None and len(tiles) > 1:
             whole, count = image.cut.whole, math.prod(image.cut.grid)
-            total = max(1, int(sum(map(len, tiles.values())) * self.keep))
+            total = int(sum(map(len, tiles.values())) * self.keep)
             part = parts(image.cut.cells, image.cut.grid, self.strips).to(first.device)
             shares = share_budget(first[tiles[whole]], part, count, total, self.alpha)
             budgets = dict(zip([whole, *(tile for tile in range(count + 1) if tile != whole)], shares, strict=True))

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from . import towers, videos
 from .architecture import Architecture
 from .base import Prefill, Pruner
 from .prefill import PrefillPass
@@ -49,6 +50,11 @@ def reduce(
         ValueError: a method can't work on this model.
     """
     return Reduction(model, methods, visual_token_ids, visual_mask)
+
+
+def is_reduced(model: PreTrainedModel) -> bool:
+    """Whether a reduction of the model is open."""
+    return getattr(model, "_foveate_reduced", False)
 
 
 class Reduction:
@@ -91,7 +97,7 @@ class Reduction:
 
     def __enter__(self) -> Any:
         model: Any = self.architecture.model
-        if self._open is not None or getattr(model, "_foveate_reduced", False):
+        if self._open is not None or is_reduced(model):
             raise RuntimeError("this model is in use by a reduction already; accepted: several methods in one `reduce`")
         self._refuse_attention()
         self.prefills.clear()
@@ -100,8 +106,6 @@ class Reduction:
         with ExitStack() as stack:
             stack.enter_context(_attribute(model, "_foveate_reduced", True))
             for method in self.before_llm:
-                from . import towers, videos
-
                 attach = towers.attach if method.family == "tower" else videos.attach
                 stack.enter_context(attach(model, method))
             if hasattr(model, "generate"):

@@ -9,7 +9,7 @@ trace holds the mean.
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -24,9 +24,8 @@ from ...kernels.rater_attention import rater_attention
 from ..projector import average_pool
 
 CLS_TOWERS = ("clip_vision_model", "internvl_vision", "vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
-OTHER_TOWERS = ("siglip_vision_model", "siglip2_vision_model", "smolvlm_vision")  # no CLS token
+OTHER_TOWERS = ("siglip_vision_model", "siglip2_vision_model", "smolvlm_vision", "pixtral")  # no CLS token
 MODELS = ("llava", "llava_next", "llava_onevision", "internvl", "smolvlm", "foveate")
-TILINGS = ("resize", "tiles", "anyres", "s2", "dynamic-s2")
 READING = "foveate_tower_reading"  # name of the attention function while a layer is read
 TILES_AT_ONCE = 64  # whose numbers a trace holds, which bounds its memory
 
@@ -90,8 +89,10 @@ class Vision:
             raise ValueError(
                 f"{method} with projector 'resampler', whose tokens stand for no place; accepted: all others"
             )
-        if kind == "foveate" and config.tiling not in TILINGS:
-            raise ValueError(f"{method} with tiling {config.tiling!r}; accepted: {', '.join(TILINGS)}")
+        if kind != "foveate" and tower.config.model_type == "pixtral":
+            raise ValueError(
+                f"{method} with tower 'pixtral' in a {kind!r} model, all images in one row; accepted: foveate"
+            )
         count = tower.config.num_hidden_layers
         [blocks] = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
         layer = None if kind == "smolvlm" else config.vision_feature_layer
@@ -113,6 +114,11 @@ class Vision:
             return len(self.blocks) - 1
         layers = [self.feature_layer] if isinstance(self.feature_layer, int) else self.feature_layer
         return max(layer % (len(self.blocks) + 1) for layer in layers) - 1
+
+    @property
+    def projects_tokens(self) -> bool:
+        """Whether the projector maps tower tokens one by one."""
+        return self.owner.config.model_type not in ("internvl", "smolvlm") and getattr(self.projector, "r", 1) == 1
 
     @property
     def has_cls(self) -> bool:
@@ -154,10 +160,6 @@ class Vision:
                 return Cut((rows, columns), cells, rows * columns)
         return None
 
-    def merges_tiles(self, function: str) -> bool:
-        """Whether all tiles of an image become one map (S²)."""
-        return function == "encode_images" and self.owner.config.tiling in ("s2", "dynamic-s2")
-
 
 @dataclass(frozen=True)
 class Trace:
@@ -167,7 +169,7 @@ class Trace:
         attention: [layers, columns].
         number: [columns], number of the token in its tile.
         keys: [columns, head_dim], or None.
-        tile: [columns] int64, the tile of most of its tokens; -1 for columns that are no patches.
+        tile: [columns] int64, the tile of most of its tokens, the first of equals; -1 for columns that are no patches.
     """
 
     attention: torch.Tensor
@@ -182,7 +184,7 @@ class Reading:
     Args:
         vision: the model's parts.
         layers: 0-based, whose attention is read.
-        wants_more: whether keys of the last of them, and the features that are projected, are kept too.
+        wants_more: whether keys of the last of them, and features that are projected token by token, are kept too.
     """
 
     def __init__(self, vision: Vision, layers: tuple[int, ...], wants_more: bool):
@@ -199,7 +201,7 @@ class Reading:
             for layer in self.rows:
                 block = self.vision.blocks[layer]
                 patches.enter_context(replaced(block, forward=self._reading(block, layer)))
-            if self.wants_more:
+            if self.wants_more and self.vision.projects_tokens:
                 patches.enter_context(replaced(tower, forward=self._keeping(tower.forward)))
             yield
 
@@ -256,23 +258,26 @@ class Reading:
         if self.wants_more and layer == self.layers[-1]:
             self.keys.append(k.mean(1))
 
+    def tower_features(self) -> torch.Tensor | None:
+        """What is projected token by token, with the tokens that stand first, [tiles, most tokens of a tile, C]."""
+        return _padded(self.features) if self.features else None
+
     def tokens(self) -> Trace:
-        """Of all tower tokens, [tiles, tokens] instead of columns; those that are no patches have NaN.
+        """Of all tower tokens, [tiles, most tokens of a tile] instead of columns; those that are no patches have NaN.
 
         Raises:
             RuntimeError: an attention function was not called.
         """
         if not all(self.rows.values()):
             raise RuntimeError("the vision tower called no attention function that can be read; is it compiled?")
-        attention = torch.stack([torch.cat(self.rows[layer]) for layer in self.layers])  # [layers, tiles, tokens]
+        attention = torch.stack([_padded(self.rows[layer]) for layer in self.layers])  # [layers, tiles, tokens]
         tiles, tokens = attention.shape[1:]
         number = torch.arange(tokens, device=attention.device).to(attention).repeat(tiles, 1)
         attention[..., : self.vision.prefix] = torch.nan
-        keys = torch.cat(self.keys).to(attention) if self.wants_more else None
+        keys = _padded(self.keys).to(attention) if self.wants_more else None
         tile = torch.arange(tiles, device=attention.device)[:, None].expand(-1, tokens)
         return Trace(attention, number, keys, tile)
 
-    @torch.no_grad()
     def columns(self, tokens: Trace, run: Callable[[], Any]) -> list[Trace]:
         """Of each image or video that `run`, a call of the media function, gives.
 
@@ -280,8 +285,8 @@ class Reading:
             tokens: what `tokens` gave.
             run: makes the call again.
         """
-        parts = [*tokens.attention, tokens.number, *(() if tokens.keys is None else tokens.keys.unbind(-1))]
-        means = self._replay(run, torch.stack(parts, dim=-1))
+        parts = [tokens.attention.movedim(0, -1), tokens.number[..., None]]
+        means = self._replay(run, torch.cat(parts if tokens.keys is None else [*parts, tokens.keys], dim=-1))
         count = len(tokens.tile)
         shares = [mean.new_zeros(len(mean)) for mean in means]
         tiles = [torch.full_like(share, -1, dtype=torch.long) for share in shares]
@@ -303,12 +308,14 @@ class Reading:
     def _replay(self, run: Callable[[], Any], values: torch.Tensor) -> list[torch.Tensor]:
         """What becomes of values [tiles, tokens, channels] of tower tokens: [columns, channels] of each medium."""
         vision, channels, done = self.vision, values.shape[-1], 0
+        calls = iter(self.rows[self.layers[0]])
 
         @functools.wraps(vision.tower.forward)
-        def tower(pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        def tower(*args: Any, **kwargs: Any) -> Any:
             nonlocal done
-            done += len(pixel_values)
-            some = values[done - len(pixel_values) : done]
+            tiles, tokens = next(calls).shape
+            done += tiles
+            some = values[done - tiles : done, :tokens]
             return SimpleNamespace(last_hidden_state=some, hidden_states=_Everywhere(some))
 
         def project(features: torch.Tensor, grid: tuple[int, int] = (1, 1)) -> torch.Tensor:
@@ -316,9 +323,14 @@ class Reading:
             r = getattr(vision.projector, "r", 1)
             return features if r == 1 else average_pool(features.unflatten(1, grid), (1, r, r)).flatten(1, 2)
 
+        def project_maps(maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+            return [project(one.flatten(0, 1)[None], (one.shape[0], one.shape[1]))[0] for one in maps]
+
         with ExitStack() as patches:
             patches.enter_context(replaced(vision.tower, forward=tower))
             patches.enter_context(replaced(vision.projector, forward=project))
+            if hasattr(vision.projector, "forward_maps"):
+                patches.enter_context(replaced(vision.projector, forward_maps=project_maps))
             if hasattr(vision.owner, "image_newline"):
                 newline = nn.Parameter(values.new_full((channels,), torch.nan), requires_grad=False)
                 patches.enter_context(replaced(vision.owner, image_newline=newline))
@@ -338,6 +350,12 @@ class _Everywhere:
 def media_features(outputs: Any) -> Any:
     """What a media function gave, [columns, D] of each image or video: a list, a tuple or a tensor."""
     return outputs if isinstance(outputs, list) else outputs.pooler_output
+
+
+def _padded(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[tiles, tokens, ...] of several tower runs as one, zeros behind the tokens of runs with fewer."""
+    most = max(part.shape[1] for part in parts)
+    return torch.cat([nn.functional.pad(p, (0, 0) * (p.ndim - 2) + (0, most - p.shape[1])) for p in parts])
 
 
 @contextmanager

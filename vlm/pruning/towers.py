@@ -22,8 +22,9 @@ class VisualMap:
     """What a method sees of one image or video: the columns that the LLM would read of it.
 
     Attributes:
-        tile: [columns] int64, the tile (of a video: the frame) that a column shows, numbered within the image; S² has
-            one. -1 for columns that are no patches (newlines, CLS tokens that the model passes on): they always stay.
+        tile: [columns] int64, the tile (of a video: the frame) that a column shows most of, numbered within the image;
+            of S² the one of the whole image, as far as there is one. -1 for columns that are no patches (newlines, CLS
+            tokens that the model passes on): they always stay.
         attention: [layers, columns], of the layers asked for: the CLS token's attention, or in towers without one the
             mean attention that a token receives; head mean.
         keys: [columns, head_dim], head mean of the last such layer's; None unless asked for.
@@ -39,7 +40,9 @@ class VisualMap:
 
     def tiles(self) -> dict[int, torch.Tensor]:
         """The columns of each tile, [tokens] int64 ascending."""
-        return {tile: (self.tile == tile).nonzero()[:, 0] for tile in self.tile.unique().tolist() if tile >= 0}
+        numbers, counts = self.tile.unique(return_counts=True)
+        columns = self.tile.argsort(stable=True).split(counts.tolist())
+        return {tile: some for tile, some in zip(numbers.tolist(), columns, strict=True) if tile >= 0}
 
 
 @dataclass(frozen=True)
@@ -92,10 +95,14 @@ def best(scores: torch.Tensor, count: int) -> torch.Tensor:
     return scores.argsort(descending=True, stable=True)[:count].sort().values
 
 
+def budget(tokens: int, keep: float) -> int:
+    """How many of so many tokens are kept: the nearest whole number, but one where any are."""
+    return max(int(keep > 0), round(keep * tokens))
+
+
 def best_of_tiles(scores: torch.Tensor, image: VisualMap, keep: float) -> torch.Tensor:
-    """The columns of the best scores [columns] of each tile, ascending: a fraction of its tokens, at least one."""
-    tiles = image.tiles().values()
-    chosen = [columns[best(scores[columns], max(1, round(keep * len(columns))))] for columns in tiles]
+    """The columns of the best scores [columns] of each tile, ascending: a fraction of its tokens."""
+    chosen = [columns[best(scores[columns], budget(len(columns), keep))] for columns in image.tiles().values()]
     return torch.cat(chosen).sort().values if chosen else image.tile[:0]
 
 
@@ -149,19 +156,17 @@ def _reducing(
         reading = Reading(vision, layers, method.wants_keys)
         with reading.of_tower():
             outputs = function(*args, **kwargs)
-        tokens = reading.tokens()
+        tokens, tower_features = reading.tokens(), reading.tower_features()
         columns = reading.columns(tokens, lambda: function(*args, **kwargs))
         media = media_features(outputs)
         reduced = []
         for index, (features, trace) in enumerate(zip(media, columns, strict=True)):
             if not bool(features.isfinite().all()):
                 raise RuntimeError(f"the features of medium {index} are not finite, so none can be marked as dropped")
-            own = _own_tokens(reading, tokens, trace)
-            tile = _tiles_of_image(trace.tile, vision.merges_tiles(function.__name__))
+            own = _own_tokens(tower_features, tokens, trace)
             gives_cls = own is not None and vision.has_cls and vision.drops_cls(arguments)
-            image = VisualMap(
-                tile, trace.attention, trace.keys, gives_cls, vision.cut(function.__name__, arguments, index)
-            )
+            cut = vision.cut(function.__name__, arguments, index)
+            image = VisualMap(_within_image(trace.tile), trace.attention, trace.keys, gives_cls, cut)
             with torch.no_grad():
                 reduced.append(_write(vision, features, image, method.choose(image), own))
         if isinstance(outputs, list):
@@ -172,23 +177,27 @@ def _reducing(
     return reduced
 
 
-def _tiles_of_image(tile: torch.Tensor, merges: bool) -> torch.Tensor:
-    """Numbers of tiles [columns] from 0 on."""
+def _within_image(tile: torch.Tensor) -> torch.Tensor:
+    """Numbers of tiles [columns], from 0 on."""
     patches = tile >= 0
-    if not bool(patches.any()):
-        return tile
-    return torch.where(patches, 0 if merges else tile - tile[patches].min(), -1)
+    return torch.where(patches, tile - tile[patches].min(), -1) if bool(patches.any()) else tile
 
 
-def _own_tokens(reading: Reading, tokens: Trace, columns: Trace) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Where every column is one tower token: that token, [columns, C], and the CLS token of its tile, [columns, C]."""
-    if tokens.keys is None or columns.keys is None:
+def _own_tokens(
+    features: torch.Tensor | None, tokens: Trace, columns: Trace
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Where every column is one tower token: that token, [columns, C], and the CLS token of its tile, [columns, C].
+
+    Args:
+        features: of all tower tokens, [tiles, tokens, C]; None where the projector does not map them one by one.
+        tokens, columns: the traces of both.
+    """
+    if features is None or tokens.keys is None or columns.keys is None:
         return None
     patches = columns.tile >= 0
     tile, number = columns.tile.clamp(min=0), columns.number.nan_to_num().round().long()
     if not torch.equal(tokens.keys[tile, number][patches], columns.keys[patches]):
         return None
-    features = torch.cat(reading.features)
     return features[tile, number], features[tile, 0]
 
 

@@ -131,13 +131,16 @@ def _foveate(model: Any, method: VideoMethod) -> Iterator[None]:
 
 @contextmanager
 def _video_features(
-    frames_of: Callable[..., Sequence[int]], tail: int, model: PreTrainedModel, method: VideoMethod
+    frames_of: Callable[..., Sequence[int]],
+    frame_tokens: Callable[[Any], int] | None,
+    model: PreTrainedModel,
+    method: VideoMethod,
 ) -> Iterator[None]:
     """Models with a `get_video_features`.
 
     Args:
         frames_of: the frames of each video, from its arguments.
-        tail: tokens that end each video.
+        frame_tokens: how many tokens a frame has, by the model's configuration, where others may follow the last frame.
     """
     base: Any = model.base_model
     encode = base.get_video_features
@@ -145,8 +148,10 @@ def _video_features(
     @wraps(encode)
     def encode_and_drop(*args: Any, **kwargs: Any) -> Any:
         output = encode(*args, **kwargs | {"return_dict": True})
-        videos = zip(output.pooler_output, frames_of(*args, **kwargs), strict=True)
-        marked = [mark_dropped(method, *video, tail) for video in videos]
+        marked = []
+        for features, frames in zip(output.pooler_output, frames_of(*args, **kwargs), strict=True):
+            tail = len(features) - frames * frame_tokens(base.config) if frame_tokens else 0
+            marked.append(mark_dropped(method, features, frames, tail))
         together = torch.stack(marked) if isinstance(output.pooler_output, torch.Tensor) else tuple(marked)
         output.pooler_output = together
         return output if kwargs.get("return_dict", True) else output.to_tuple()
@@ -155,8 +160,16 @@ def _video_features(
         yield
 
 
-def _onevision_frames(pixel_values_videos: torch.Tensor, *args: Any, **kwargs: Any) -> list[int]:
-    return [pixel_values_videos.shape[1]] * len(pixel_values_videos)  # [videos, frames, 3, height, width]
+def _onevision_frames(*pixels: torch.Tensor, **kwargs: Any) -> list[int]:
+    """From [videos, frames, 3, height, width], whose name differs between versions of transformers."""
+    given = [*pixels, *(kwargs[name] for name in ("pixel_values_videos", "pixel_values") if name in kwargs)]
+    return [given[0].shape[1]] * len(given[0])
+
+
+def _onevision_tokens(config: Any) -> int:
+    """Of a frame, halved; a newline follows the last one, in some versions of transformers only later."""
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    return (-(-side // 2)) ** 2
 
 
 def _qwen_frames(
@@ -201,7 +214,7 @@ class _InternVL:
             single = [length == tokens for length in row for _ in range(length // tokens)]
             frames = torch.tensor(single, dtype=torch.bool, device=features.device)
             part = features[start:end].clone()
-            if frames.sum() > 1:
+            if frames.any():
                 video = part[frames].flatten(0, 1)
                 part[frames] = mark_dropped(self.method, video, int(frames.sum())).unflatten(0, (-1, tokens))
             marked.append(part)
@@ -243,9 +256,9 @@ def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 ATTACH: dict[str, Callable[[Any, VideoMethod], AbstractContextManager[None]]] = {
     "foveate": _foveate,
-    "llava_onevision": partial(_video_features, _onevision_frames, 1),
-    "qwen2_vl": partial(_video_features, _qwen_frames, 0),
-    "qwen2_5_vl": partial(_video_features, _qwen_frames, 0),
+    "llava_onevision": partial(_video_features, _onevision_frames, _onevision_tokens),
+    "qwen2_vl": partial(_video_features, _qwen_frames, None),
+    "qwen2_5_vl": partial(_video_features, _qwen_frames, None),
     "internvl": _internvl,
 }
 REFUSED = {

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from .base import check_keep
-from .towers import Choice, TowerPruner, VisualMap, best
+from .towers import Choice, TowerPruner, VisualMap, best, budget
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class VisionZip(TowerPruner):
         keep, source = [image.tile[:0]], [image.tile[:0]]
         into = torch.full_like(image.tile, -1)
         for columns in image.tiles().values():
-            dominant, contextual = self.budget(len(columns))
+            dominant, contextual = self.counts(len(columns))
             if dominant + contextual >= len(columns):
                 keep.append(columns)
                 source.append(columns)
                 continue
             one_run = bool(columns[-1] - columns[0] + 1 == len(columns))
-            cls = int(image.gives_cls and one_run)
+            cls = int(image.gives_cls and one_run and dominant > 0)
             kept, targets, members, assigned = zip_tokens(
                 image.attention[0, columns], image.keys[columns], dominant - cls, contextual
             )
@@ -70,12 +70,12 @@ class VisionZip(TowerPruner):
         order = kept.argsort()
         return Choice(kept[order], into, torch.cat(source)[order])
 
-    def budget(self, tokens: int) -> tuple[int, int]:
+    def counts(self, tokens: int) -> tuple[int, int]:
         """(dominant, contextual) of a tile of so many tokens."""
         if self.keep is None:
             return self.dominant, self.contextual
-        total = max(1, round(self.keep * tokens))
-        contextual = min(total - 1, round(total * self.contextual / (self.dominant + self.contextual)))
+        total = budget(tokens, self.keep)
+        contextual = min(max(0, total - 1), round(total * self.contextual / (self.dominant + self.contextual)))
         return total - contextual, contextual
 
 

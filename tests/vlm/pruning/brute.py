@@ -87,7 +87,12 @@ class _Layer:
 
 
 def brute_force(
-    model: Any, inputs: dict[str, torch.Tensor], prompts: Sequence[int], rule: Rule, generator: Any = None
+    model: Any,
+    inputs: dict[str, torch.Tensor],
+    prompts: Sequence[int],
+    rule: Rule,
+    generator: Any = None,
+    marked: torch.Tensor | None = None,
 ) -> Outcome:
     """Prefill and teacher-forced decode steps of one sample.
 
@@ -97,24 +102,32 @@ def brute_force(
         prompts: where prompts end: one number, or several where a conversation goes on with new prompts. Each prunes
             the visual tokens that it brings.
         generator: for what is drawn.
+        marked: [prompt, D], what the first layer reads, NaN where a method before the LLM dropped a token.
 
     Returns:
         what comes from the last token of the first prompt on; `kept` and `visual` of the last prompt.
     """
     tokens, decoder = inputs["input_ids"].shape[1], model.get_decoder()
     layers = [_Layer(list(range(tokens)), list(range(tokens))) for _ in decoder.layers]
+    gone = [] if marked is None else marked.isnan().any(1).nonzero()[:, 0].tolist()
+    if marked is not None:
+        layers[0].written = {column: marked[column] for column in range(len(marked)) if column not in gone}
+        for each in layers:
+            each.order = [column for column in each.order if column not in gone]
+            each.reindex = rule.reindex
     run = _run(model, inputs, layers)
     begin = 0
     for end in prompts:
         ids = inputs["input_ids"][0, :end].tolist()
         visual = [column for column in range(begin, end) if ids[column] in VISUAL_IDS]
         begin = end
+        left, merged, counts = [column for column in visual if column not in gone], set[int](), []
+        kept = [] if marked is None else [[visual.index(column) for column in left]]
         raters = [end - 1]
-        if rule.texts and visual:
-            raters = _raters(run.states[0], visual, list(range(visual[-1] + 1, end))) or raters
-        left, merged, counts, kept = list(visual), set[int](), [], []
+        if rule.texts and left:
+            raters = _raters(run.states[0], left, list(range(left[-1] + 1, end))) or raters
         for layer in range(len(layers)):
-            while visual and len(kept) < len(rule.layers) and rule.layers[len(kept)] == layer:
+            while left and len(kept) < len(rule.layers) and rule.layers[len(kept)] == layer:
                 source = layer if rule.own else layer - 1
                 ones = _turned_ones(run.rotary[source], tokens)
                 view = View(

@@ -72,7 +72,8 @@ def test_flops_are_torch_s_count_but_for_what_causal_attention_skips() -> None:
         model(torch.ones(1, tokens, dtype=torch.long), logits_to_keep=1)
     skipped = 3 * 4 * 24 * (tokens**2 - tokens * (tokens + 1) // 2)
     counted = costs.prefill_flops(costs.Decoder.from_config(config), made((3, 23), text=10))
-    assert counter.get_total_flops() == counted + skipped
+    rope = 2 * (4 // 2) * tokens  # which is a matrix product in transformers 5.17
+    assert counter.get_total_flops() - counted - skipped in (0, rope)
 
 
 @pytest.mark.parametrize(("past", "window"), [(0, None), (7, None), (0, 5), (3, 5), (9, 5)])

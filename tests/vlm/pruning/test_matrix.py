@@ -8,9 +8,23 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from foveate.vlm.pruning import FastV, Lowest, Random, reduce
-from foveate.vlm.pruning.pyramiddrop import PyramidDrop
-from foveate.vlm.pruning.sparsevlm import SparseVLM, SparseVLMPlus
+from foveate.vlm.pruning import (
+    EVS,
+    VTCCLS,
+    DyCoke,
+    FasterVLM,
+    FastV,
+    HiRED,
+    Lowest,
+    PyramidDrop,
+    Random,
+    SparseVLM,
+    SparseVLMPlus,
+    VisionZip,
+    reduce,
+    towers,
+    videos,
+)
 
 from . import brute, zoo
 
@@ -48,6 +62,15 @@ METHODS: dict[str, Callable[[int], tuple[Any, brute.Rule]]] = {
         brute.sparsevlm_plus((k - 1, k, k + 1), (10, 6, 3), 16, 2),
     ),
 }
+
+# Methods before the LLM: what they keep, and what they merge, is tested elsewhere; here what the LLM makes of it.
+BEFORE: dict[str, Any] = {
+    "visionzip": VisionZip(keep=0.5),
+    "fastervlm": FasterVLM(keep=0.4),
+    "vtc-cls": VTCCLS(keep=0.4, reindex=False),
+    "hired": HiRED(keep=0.4),
+}
+VIDEO: dict[str, Any] = {"evs": EVS(keep=0.5), "dycoke": DyCoke(keep=0.5)}
 
 # Rows of inputs by what they hold; the first four are of one length.
 ROWS: dict[str, tuple[int | str, ...]] = {
@@ -102,6 +125,21 @@ def expected(name: str, method: str, rows: tuple[str, ...]) -> list[brute.Outcom
     return outcomes
 
 
+@cache
+def expected_before(name: str, method: str, pieces: str) -> brute.Outcome:
+    """Where methods act before the LLM, on one row."""
+    chosen = (BEFORE | VIDEO)[method]
+    animal, model = zoo.animal(name), zoo.with_weights(name)
+    one, read = row(name, pieces), []
+    hook = model.get_decoder().layers[0].register_forward_pre_hook(lambda module, args: read.append(args[0][0]))
+    with (towers if method in BEFORE else videos).attach(model, chosen):
+        model(**animal.alone(one))
+    hook.remove()
+    rule = brute.Rule((), lambda view: ([], []), reindex=chosen.reindex)
+    inputs = animal.alone(one, forced(pieces))
+    return brute.brute_force(model, inputs, [one["input_ids"].shape[1]], rule, marked=read[0])
+
+
 class Forced(LogitsProcessor):
     """Lets the next token be what a list says, `words` [batch, steps]."""
 
@@ -131,14 +169,13 @@ def generated(model: Any, inputs: zoo.Row, words: Sequence[Sequence[int]]) -> to
     return torch.stack(logits, dim=1)
 
 
-def check(name: str, method: str, rows: tuple[str, ...], padding: int = 0) -> None:
+def check(name: str, method: Any, wanted: Sequence[brute.Outcome], rows: tuple[str, ...], padding: int = 0) -> None:
     """A batch, through a session, gives what brute force gives of its rows."""
     animal = zoo.animal(name)
-    wanted = expected(name, method, rows)
     samples = [row(name, pieces) for pieces in rows]
     width = max(sample["input_ids"].shape[1] for sample in samples) + padding
     inputs = animal.batch(samples, width)
-    reduction = reduce(animal.model, METHODS[method](animal.first_prunable)[0])
+    reduction = reduce(animal.model, method)
     with reduction as model:
         logits = generated(model, inputs, [forced(pieces) for pieces in rows])
     worst = max((got - want.logits).abs().max().item() for got, want in zip(logits, wanted, strict=True))
@@ -148,15 +185,30 @@ def check(name: str, method: str, rows: tuple[str, ...], padding: int = 0) -> No
     for sample, want in enumerate(wanted):
         kept = [stage.kept[sample].tolist() for stage in prefill.stages]
         assert kept == (want.kept or [[]] * len(kept))
-    words = [int((sample["input_ids"] >= zoo.WORDS).sum()) for sample in samples]
-    assert list(prefill.text) == words
+    assert list(prefill.text) == [int((sample["input_ids"] >= zoo.WORDS).sum()) for sample in samples]
 
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", zoo.NAMES)
 def test_pruned_logits_equal_masked_logits(name: str, method: str, batch: str) -> None:
-    check(name, method, *BATCHES[batch])
+    (rows, padding), chosen = BATCHES[batch], METHODS[method](zoo.animal(name).first_prunable)[0]
+    check(name, chosen, expected(name, method, rows), rows, padding)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("method", BEFORE)
+@pytest.mark.parametrize("name", [name for name in zoo.NAMES if "qwen" not in name])
+def test_tokens_dropped_before_the_llm_are_masked_ones(name: str, method: str, batch: str) -> None:
+    rows, padding = BATCHES[batch]
+    check(name, BEFORE[method], [expected_before(name, method, pieces) for pieces in rows], rows, padding)
+
+
+@pytest.mark.parametrize("rows", [("video",), ("video", "short text", "short")])
+@pytest.mark.parametrize("method", VIDEO)
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl", "foveate"])
+def test_tokens_of_videos_dropped_before_the_llm_are_masked_ones(name: str, method: str, rows: tuple[str, ...]) -> None:
+    check(name, VIDEO[method], [expected_before(name, method, pieces) for pieces in rows], rows)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -173,7 +225,8 @@ def test_pruned_logits_equal_masked_logits(name: str, method: str, batch: str) -
     ],
 )
 def test_many_images_and_videos(name: str, pieces: str, method: str) -> None:
-    check(name, method, (pieces,))
+    chosen = METHODS[method](zoo.animal(name).first_prunable)[0]
+    check(name, chosen, expected(name, method, (pieces,)), (pieces,))
 
 
 def test_what_the_matrix_tests_would_show() -> None:

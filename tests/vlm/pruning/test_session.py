@@ -101,7 +101,7 @@ def test_a_second_question_brings_another_image(name: str, rows: tuple[str, ...]
 @pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl"])
 def test_beams_have_the_probabilities_of_brute_force(name: str, method: str) -> None:
     animal = zoo.animal(name)
-    samples = [row(name, pieces) for pieces in PADDED]
+    samples = [row(name, pieces) for pieces in ("image", "short text", "short")]  # 5.17 wants one image a row
     inputs = animal.batch(samples)
     with reduce(animal.model, METHODS[method](animal.first_prunable)[0]) as model:
         found = model.generate(

@@ -15,6 +15,7 @@ from foveate.vlm import FoveateConfig, FoveateForConditionalGeneration
 
 WIDTH, VOCABULARY, LAYERS = 32, 48, 4
 PAD, IMAGE, VIDEO, WORDS = 0, 1, 2, 3  # ids; those of words from WORDS on
+VISION_START = WORDS  # of Qwen's, by which transformers 5.17 counts a row's images
 
 Row = dict[str, torch.Tensor]  # inputs of a model for one sample
 Media = Callable[[], tuple[Row, int]]  # fields of one image or video, and tokens that it takes
@@ -43,6 +44,8 @@ class Animal:
                 ids += torch.randint(WORDS, VOCABULARY, (piece,)).tolist()
                 continue
             made, count = self.media[piece]()
+            if self.name.startswith("qwen"):
+                ids.append(VISION_START)
             fields.append(made)
             ids += [IMAGE if piece == "image" else VIDEO] * count
             if piece == "frames":
@@ -167,6 +170,7 @@ def _qwen2_5_vl() -> Animal:
         text_config=_text("qwen2_5_vl_text", rope_parameters=rope, use_sliding_window=False),
         image_token_id=IMAGE,
         video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
     )
     image, video = torch.tensor([[1, 8, 8]]), torch.tensor([[2, 4, 8]])
     seconds = torch.tensor([1.0])
@@ -196,6 +200,7 @@ def _qwen3_vl() -> Animal:
         text_config=_text("qwen3_vl_text", rope_parameters=rope, num_hidden_layers=LAYERS + 1),
         image_token_id=IMAGE,
         video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
     )
     image, video = torch.tensor([[1, 8, 8]]), torch.tensor([[2, 4, 8]])
     return Animal(
