@@ -1,7 +1,6 @@
 """FasterVLM: the patches that the vision tower's CLS token looks at most.
 
-[CLS] Attention is All You Need for Training-Free Visual Token Pruning (2024), https://arxiv.org/abs/2412.01818,
-section 3.3.
+[CLS] Attention is All You Need for Training-Free Visual Token Pruning (2024), https://arxiv.org/abs/2412.01818.
 """
 
 from dataclasses import dataclass

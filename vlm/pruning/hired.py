@@ -1,7 +1,7 @@
 """HiRED: a fixed budget of visual tokens, spread over an image's tiles by where its content is.
 
 HiRED: Attention-Guided Token Dropping for Efficient Inference of High-Resolution Vision-Language Models (AAAI 2025),
-https://arxiv.org/abs/2408.10945, section 4.
+https://arxiv.org/abs/2408.10945.
 """
 
 import math

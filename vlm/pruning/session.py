@@ -9,8 +9,8 @@ were padded: then holes are masked. No modeling file is touched; when the block 
 model. A KV cache that was filled in the block is to be continued in one.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicLayer
 from . import towers, videos
 from .architecture import Architecture
 from .base import Prefill, Pruner
+from .patches import replaced
 from .prefill import PrefillPass
 from .slots import SlotLayer
 
@@ -79,8 +80,13 @@ class Reduction:
         self.visual_mask = visual_mask
         self.prefills: list[Prefill] = []
         self.before_llm = [method for method in methods if method.family != "llm"]
-        if self.before_llm and self.architecture.first_prunable:
-            self.architecture.check_stage(0, self.before_llm[0])
+        if len(self.before_llm) > 1:
+            names = ", ".join(type(method).__name__ for method in self.before_llm)
+            raise ValueError(f"{names} all act before the LLM; accepted: one such method, and others inside the LLM")
+        for method in self.before_llm:
+            if self.architecture.first_prunable:
+                self.architecture.check_stage(0, method)
+            self._attach(method)  # refuses what it can't work for; attached later
         self.stages: list[tuple[int, int, Pruner]] = []  # layer, the method's stage, method
         for method in methods:
             for stage, layer in enumerate(method.stages if method.family == "llm" else ()):
@@ -104,12 +110,11 @@ class Reduction:
         for method in self.methods:
             self.generators[id(method)] = torch.Generator().manual_seed(getattr(method, "seed", 0))
         with ExitStack() as stack:
-            stack.enter_context(_attribute(model, "_foveate_reduced", True))
+            stack.enter_context(replaced(model, _foveate_reduced=True))
             for method in self.before_llm:
-                attach = towers.attach if method.family == "tower" else videos.attach
-                stack.enter_context(attach(model, method))
+                stack.enter_context(self._attach(method))
             if hasattr(model, "generate"):
-                stack.enter_context(_attribute(model, "generate", partial(self._generate, model.generate)))
+                stack.enter_context(replaced(model, generate=partial(self._generate, model.generate)))
             stack.callback(self._end)
             hooks = [
                 model.register_forward_pre_hook(self._before_model, with_kwargs=True),
@@ -127,6 +132,10 @@ class Reduction:
         opened, self._open = self._open, None
         assert opened is not None
         opened.close()
+
+    def _attach(self, method: Any) -> AbstractContextManager[None]:
+        attach = towers.attach if method.family == "tower" else videos.attach
+        return attach(self.architecture.model, method)
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`model.generate`, after a look at what it was asked for."""
@@ -242,17 +251,3 @@ def _mask_rows(mask: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
     if mask.ndim != 2 or mask.shape[1] != tokens or batch % len(mask):
         raise ValueError(f"visual_mask has shape {tuple(mask.shape)}; accepted: [{batch}, {tokens}], as the prompt has")
     return mask.bool().repeat_interleave(batch // len(mask), dim=0)
-
-
-@contextmanager
-def _attribute(model: Any, name: str, value: Any) -> Iterator[None]:
-    """Sets an attribute of the instance for a time."""
-    before = vars(model).get(name)
-    setattr(model, name, value)
-    try:
-        yield
-    finally:
-        if before is None:
-            delattr(model, name)
-        else:
-            setattr(model, name, before)

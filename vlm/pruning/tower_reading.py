@@ -22,6 +22,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from ...kernels.rater_attention import rater_attention
 from ..projector import average_pool
+from .patches import replaced
 
 CLS_TOWERS = ("clip_vision_model", "internvl_vision", "vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 OTHER_TOWERS = ("siglip_vision_model", "siglip2_vision_model", "smolvlm_vision", "pixtral")  # no CLS token
@@ -356,23 +357,6 @@ def _padded(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """[tiles, tokens, ...] of several tower runs as one, zeros behind the tokens of runs with fewer."""
     most = max(part.shape[1] for part in parts)
     return torch.cat([nn.functional.pad(p, (0, 0) * (p.ndim - 2) + (0, most - p.shape[1])) for p in parts])
-
-
-@contextmanager
-def replaced(module: nn.Module, **attributes: Any) -> Iterator[None]:
-    """While open, a module has other attributes of these names; classes and other modules keep theirs."""
-    before = {name: getattr(module, name) for name in attributes}
-    inherited = [name for name in attributes if name not in vars(module) and name not in module._parameters]
-    for name, value in attributes.items():
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if name in inherited:
-                delattr(module, name)
-            else:
-                setattr(module, name, value)
 
 
 def cls_attention(q: torch.Tensor, k: torch.Tensor, scaling: float) -> torch.Tensor:

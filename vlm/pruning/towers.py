@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from .tower_reading import Cut, Reading, Trace, Vision, media_features, replaced
+from .patches import replaced
+from .tower_reading import Cut, Reading, Trace, Vision, media_features
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def best_of_tiles(scores: torch.Tensor, image: VisualMap, keep: float) -> torch.
 
 
 def merge(tokens: torch.Tensor, into: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adds to tokens the mean of those that go into them (VisionZip, section 3.2).
+    """Adds to tokens the mean of those that go into them (VisionZip, arXiv 2412.04467).
 
     Args:
         tokens: [tokens, C].
@@ -167,8 +168,7 @@ def _reducing(
             gives_cls = own is not None and vision.has_cls and vision.drops_cls(arguments)
             cut = vision.cut(function.__name__, arguments, index)
             image = VisualMap(_within_image(trace.tile), trace.attention, trace.keys, gives_cls, cut)
-            with torch.no_grad():
-                reduced.append(_write(vision, features, image, method.choose(image), own))
+            reduced.append(_write(vision, features, image, method.choose(image), own))
         if isinstance(outputs, list):
             return reduced
         outputs.pooler_output = torch.stack(reduced) if isinstance(media, torch.Tensor) else type(media)(reduced)

@@ -1,7 +1,6 @@
 """VisionZip: the patches that the vision tower looks at most, and a few tokens that the rest is merged into.
 
-VisionZip: Longer is Better but Not Necessary in Vision Language Models (CVPR 2025), https://arxiv.org/abs/2412.04467,
-section 3.2.
+VisionZip: Longer is Better but Not Necessary in Vision Language Models (CVPR 2025), https://arxiv.org/abs/2412.04467.
 """
 
 from dataclasses import dataclass

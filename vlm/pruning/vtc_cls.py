@@ -1,7 +1,6 @@
 """VTC-CLS: as FasterVLM, the CLS token's attention summed over several layers.
 
-[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs (2024), https://arxiv.org/abs/2412.05819,
-section 3.3.
+[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs (2024), https://arxiv.org/abs/2412.05819.
 """
 
 from dataclasses import dataclass

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from foveate.vlm.pruning import FastV, reduce
+from foveate.vlm.pruning import EVS, FasterVLM, FastV, Random, reduce
 from foveate.vlm.pruning.pyramiddrop import PyramidDrop
 from foveate.vlm.pruning.sparsevlm import SparseVLM
 
@@ -392,6 +392,16 @@ def test_a_model_is_in_one_session_at_a_time() -> None:
         reduce(model, FastV(2, 0.5)).__enter__()
     with pytest.raises(ValueError, match="no method was given"):
         reduce(model)
+
+
+def test_two_methods_before_the_llm_are_refused() -> None:
+    with pytest.raises(ValueError, match="FasterVLM, EVS all act before the LLM"):
+        reduce(zoo.animal("llava_onevision").model, FasterVLM(), EVS())
+
+
+def test_two_methods_at_one_layer_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"before the same layer, of \[2, 2\]"):
+        reduce(zoo.animal("llava").model, FastV(2, 0.5), Random(2, 0.5))
 
 
 def test_several_methods_at_once_are_their_rules_one_after_the_other() -> None:
