@@ -8,6 +8,9 @@
 #   train  `foveate bench train` of the 2B shape at 8k tokens: packed against padded, parts of a step, MFU, memory with
 #          and without the fused loss. TRAIN_OPTIONS replaces "--checkpointing tower --workers 4".
 #   zero   the same steps of the 0.5B shape with plain torch, ZeRO-2 and ZeRO-3, where DeepSpeed is installed
+#   prefill `foveate bench prefill` of LLaVA-1.5-7B, NVILA-8B and Qwen2.5-VL-7B shapes: time to the first token, decode
+#          and memory, unpruned against methods inside the LLM, with 576 to 30,000 visual tokens
+#   prefill-tower  the same from pixels on, of LLaVA-1.5-7B's and NVILA-8B's shapes, with methods after the tower too
 #   encode `foveate bench encode` of SigLIP so400m: tower and projector by tiling and projector, against one tile an image
 # PYTHON names the interpreter; the package need not be installed. COMMIT says what is measured where git does not.
 set -euo pipefail
@@ -16,7 +19,7 @@ python=${PYTHON:-python3}
 out=${1:?usage: scripts/gpu_suite.sh OUT [PIECE ...]}
 shift
 pieces=("$@")
-[ ${#pieces[@]} -gt 0 ] || pieces=(tests train zero encode)
+[ ${#pieces[@]} -gt 0 ] || pieces=(tests train zero encode prefill prefill-tower)
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 
@@ -68,8 +71,22 @@ for piece in "${pieces[@]}"; do
     encode)
       bench 290 bench_encode encode --shape so400m || status=1
       ;;
+    prefill)
+      methods=(--prune fastv:layer=2,keep=0.5 --prune fastv:layer=2,keep=0.25 --prune fastv:layer=2,keep=0.1 --prune sparsevlm)
+      bench 190 bench_prefill_llava prefill --shape llava-1.5-7b --visual 576,2880,10000 "${methods[@]}" \
+        --prune pyramiddrop || status=1
+      bench 190 bench_prefill_nvila prefill --shape nvila-8b --visual 576,2880,30000 "${methods[@]}" \
+        --prune pyramiddrop:layers=7/14/21 --steps 128 || status=1
+      bench 190 bench_prefill_qwen prefill --shape qwen2.5-vl-7b --visual 576,2880,30000 "${methods[@]}" \
+        --prune pyramiddrop:layers=7/14/21 || status=1
+      ;;
+    prefill-tower)
+      methods=(--prune visionzip --prune fastervlm:keep=0.25 --prune vtc-cls:keep=0.25 --prune fastv:layer=2,keep=0.25)
+      bench 290 bench_prefill_tower_llava prefill --tower --shape llava-1.5-7b --visual 576,2880 "${methods[@]}" || status=1
+      bench 290 bench_prefill_tower_nvila prefill --tower --shape nvila-8b --visual 605,2904 "${methods[@]}" || status=1
+      ;;
     *)
-      echo "gpu_suite: no piece '$piece'; accepted: tests, train, zero, encode" >&2
+      echo "gpu_suite: no piece '$piece'; accepted: tests, train, zero, encode, prefill, prefill-tower" >&2
       exit 2
       ;;
   esac

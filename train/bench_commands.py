@@ -1,4 +1,4 @@
-"""The command `foveate bench`: what media, towers, loading and training cost here, each against its baseline."""
+"""The command `foveate bench`: what media, towers, prefill, loading and training cost, each against its baseline."""
 
 import json
 import sys
@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="Measure media, towers, loading and training, each against its baseline.", rich_markup_mode=None)
+app = typer.Typer(
+    help="Measure media, towers, prefill, loading and training, each against its baseline.", rich_markup_mode=None
+)
 
 
 class Model(StrEnum):
@@ -22,6 +24,20 @@ class Tower(StrEnum):
     tiny = "tiny"
     base = "base"
     so400m = "so400m"
+
+
+class Shape(StrEnum):
+    tiny = "tiny"
+    small = "0.5b"
+    llava = "llava-1.5-7b"
+    nvila = "nvila-8b"
+    qwen = "qwen2.5-vl-7b"
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 class Attention(StrEnum):
@@ -132,6 +148,45 @@ def encode(
     from .bench_encode import EncodeBench, bench_encode
 
     _report(bench_encode(EncodeBench(shape.value, images, rounds, seconds, device), _show), as_json, ("torch",))
+
+
+@app.command()
+def prefill(
+    shape: Annotated[Shape, typer.Option(help="Of the LLM, with random weights; the last three are for a GPU.")] = (
+        Shape.small
+    ),
+    visual: Annotated[str, typer.Option(help="Visual tokens of the prompt; several numbers with commas.")] = "2880",
+    text: Annotated[int, typer.Option(min=36, help="Its text tokens.")] = 60,
+    prune: Annotated[
+        list[str] | None,
+        typer.Option(help="A method; several times for several. Default: FastV that drops 50, 75 and 90 %."),
+    ] = None,
+    tower: Annotated[
+        bool, typer.Option("--tower", help="Prefill begins with pixels, for methods before the LLM too.")
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="In each of which everything has its turn.")] = 5,
+    steps: Annotated[int, typer.Option(min=0, help="Of decoding, that are timed.")] = 32,
+    dtype: Annotated[Dtype | None, typer.Option(help="Default: float32 on a CPU, else bfloat16.")] = None,
+    attention: Annotated[Attention, typer.Option(help="Of the LLM; auto is sdpa.")] = Attention.auto,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time to the first token, decode, memory: unpruned against methods, and against what their FLOPs say."""
+    from .bench_prefill import METHODS, PrefillBench, bench_prefill
+
+    settings = PrefillBench(
+        shape.value,
+        tuple(int(count) for count in visual.split(",")),
+        text,
+        tuple(prune or METHODS),
+        tower,
+        rounds,
+        steps,
+        device,
+        dtype.value if dtype else None,
+        "sdpa" if attention == Attention.auto else attention.value,
+    )
+    _report(bench_prefill(settings, _show), as_json, ("torch", "transformers"))
 
 
 def _show(line: str) -> None:

@@ -3,10 +3,19 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlavaConfig, LlavaOnevisionConfig, MixtralConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaOnevisionConfig,
+    MixtralConfig,
+    Qwen2Config,
+)
 
-from foveate.vlm.pruning import costs
+from foveate.vlm.pruning import costs, reduce
 from foveate.vlm.pruning.base import Prefill, Pruner, Selection, Sight, Stage
+from foveate.vlm.pruning.parse import parse_method
 
 LLAVA_7B = LlavaConfig()  # its defaults are LLaVA-1.5-7B's
 
@@ -42,6 +51,40 @@ def test_visionzip_s_published_shares(tokens: int, share: float) -> None:
     prefill = Prefill((0,), (60,), (576,), ((tokens,),) * 32, ())
     costs_of = costs.summary(LLAVA_7B, prefill)
     assert costs_of.pruned.paper_flops / costs_of.full.paper_flops == pytest.approx(share, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("method", "share", "processed"),
+    [
+        ("fastv:layer=2,keep=0.5", 0.57, 306.0),
+        ("fastv:layer=2,keep=0.25", 0.36, 171.0),
+        ("pyramiddrop", 0.515, 270.0),
+        ("sparsevlm:tokens=192", 0.41, 206.5),
+        ("sparsevlm:tokens=128", 0.32, 145.4),
+        ("sparsevlm:tokens=64", 0.22, 82.2),
+    ],
+)
+def test_a_session_with_llava_s_layers_and_tokens_reports_the_published_figures(
+    llava_deep: LlamaForCausalLM, method: str, share: float, processed: float
+) -> None:
+    """576 visual and 60 text tokens through 32 layers, narrow ones; figures for LLaVA-1.5-7B's sizes."""
+    mask = (torch.arange(636) >= 35) & (torch.arange(636) < 35 + 576)
+    reduction = reduce(llava_deep, parse_method(method), visual_mask=mask[None])
+    with reduction as model, torch.no_grad():
+        model(inputs_embeds=torch.randn(1, 636, 16), logits_to_keep=1)
+    (prefill,) = reduction.prefills
+    costs_of = costs.summary(LLAVA_7B, prefill)
+    assert costs_of.pruned.paper_flops / costs_of.full.paper_flops == pytest.approx(share, abs=0.005)
+    assert costs_of.pruned.mean_visual == pytest.approx(processed, abs=0.051)
+
+
+@pytest.fixture(scope="module")
+def llava_deep() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=32, num_attention_heads=2
+    )
+    return LlamaForCausalLM(config).eval()
 
 
 def test_kv_bytes_are_those_of_the_papers_and_of_qwen() -> None:
