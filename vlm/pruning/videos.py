@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .patches import replaced
+
 
 class VideoMethod(Protocol):
     """A method that drops tokens of videos; implementations are frozen dataclasses.
@@ -125,7 +127,7 @@ class _Foveate:
 @contextmanager
 def _foveate(model: Any, method: VideoMethod) -> Iterator[None]:
     attached = _Foveate(model, method)
-    with _attribute(model, "encode_videos", attached), _attribute(model, "_video_reduction", attached):
+    with replaced(model, encode_videos=attached, _video_reduction=attached):
         yield
 
 
@@ -156,7 +158,7 @@ def _video_features(
         output.pooler_output = together
         return output if kwargs.get("return_dict", True) else output.to_tuple()
 
-    with _attribute(base, "get_video_features", encode_and_drop), _attribute(model, "_video_reduction", None):
+    with replaced(base, get_video_features=encode_and_drop), replaced(model, _video_reduction=None):
         yield
 
 
@@ -235,23 +237,11 @@ def _internvl(model: PreTrainedModel, method: VideoMethod) -> Iterator[None]:
         return output if kwargs.get("return_dict", True) else output.to_tuple()
 
     with ExitStack() as stack:
-        stack.enter_context(_attribute(base, "get_image_features", encode_and_drop))
-        stack.enter_context(_attribute(model, "_video_reduction", None))
+        stack.enter_context(replaced(base, get_image_features=encode_and_drop))
+        stack.enter_context(replaced(model, _video_reduction=None))
         stack.callback(base.register_forward_pre_hook(attached.before, with_kwargs=True).remove)
         stack.callback(base.register_forward_hook(attached.after, always_call=True).remove)
         yield
-
-
-@contextmanager
-def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Gives an instance an attribute of its own for a time."""
-    before = {name: vars(owner)[name]} if name in vars(owner) else {}
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        delattr(owner, name)
-        vars(owner).update(before)
 
 
 ATTACH: dict[str, Callable[[Any, VideoMethod], AbstractContextManager[None]]] = {

@@ -1,9 +1,6 @@
 """Methods on video features: what is dropped is NaN, all else is as before, and nothing stays on the model."""
 
-import importlib.util
-import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,16 +12,8 @@ from foveate.vlm.pruning.evs import EVS
 from foveate.vlm.pruning.fastv import FastV
 from foveate.vlm.pruning.videos import attach
 
+from . import zoo
 
-def load_zoo() -> Any:
-    if "zoo" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
-        sys.modules["zoo"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["zoo"])
-    return sys.modules["zoo"]
-
-
-zoo = load_zoo()
 METHODS = [EVS(keep=0.5), DyCoke(keep=0.5)]
 
 
