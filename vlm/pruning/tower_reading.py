@@ -25,8 +25,15 @@ from ..projector import average_pool
 from .patches import replaced
 
 CLS_TOWERS = ("clip_vision_model", "internvl_vision", "vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
-OTHER_TOWERS = ("siglip_vision_model", "siglip2_vision_model", "smolvlm_vision", "pixtral")  # no CLS token
-MODELS = ("llava", "llava_next", "llava_onevision", "internvl", "smolvlm", "foveate")
+OTHER_TOWERS = (
+    "siglip_vision_model",
+    "siglip2_vision_model",
+    "smolvlm_vision",
+    "idefics3_vision",
+    "pixtral",
+)  # no CLS token
+MODELS = ("llava", "llava_next", "llava_onevision", "internvl", "smolvlm", "idefics3", "foveate")
+WITH_CONNECTOR = ("smolvlm", "idefics3")  # names their parts alike
 READING = "foveate_tower_reading"  # name of the attention function while a layer is read
 TILES_AT_ONCE = 64  # whose numbers a trace holds, which bounds its memory
 
@@ -79,7 +86,7 @@ class Vision:
                 f"{method} can't tell what a {kind!r} model makes of its tower; accepted: {', '.join(MODELS)}"
             )
         owner = model if kind == "foveate" else getattr(model, "model", model)
-        tower = owner.vision_model if kind == "smolvlm" else owner.vision_tower
+        tower = owner.vision_model if kind in WITH_CONNECTOR else owner.vision_tower
         towers = (*CLS_TOWERS, *OTHER_TOWERS)
         if tower.config.model_type not in towers:
             raise ValueError(
@@ -96,13 +103,13 @@ class Vision:
             )
         count = tower.config.num_hidden_layers
         [blocks] = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-        layer = None if kind == "smolvlm" else config.vision_feature_layer
+        layer = None if kind in WITH_CONNECTOR else config.vision_feature_layer
         layer = tuple(layer) if isinstance(layer, list) else layer
         if kind == "foveate":
             functions: tuple[str, ...] = ("encode_images", "encode_videos")
         else:
             functions = tuple(name for name in ("get_image_features", "get_video_features") if hasattr(owner, name))
-        projector = owner.connector.modality_projection if kind == "smolvlm" else owner.multi_modal_projector
+        projector = owner.connector.modality_projection if kind in WITH_CONNECTOR else owner.multi_modal_projector
         vision = cls(owner, functions, tower, projector, blocks, layer)
         if vision.read_layer < 0:
             raise ValueError(f"vision_feature_layer is {layer}, the embeddings; {method} needs the output of a layer")
@@ -119,7 +126,9 @@ class Vision:
     @property
     def projects_tokens(self) -> bool:
         """Whether the projector maps tower tokens one by one."""
-        return self.owner.config.model_type not in ("internvl", "smolvlm") and getattr(self.projector, "r", 1) == 1
+        return (
+            self.owner.config.model_type not in ("internvl", *WITH_CONNECTOR) and getattr(self.projector, "r", 1) == 1
+        )
 
     @property
     def has_cls(self) -> bool:

@@ -66,7 +66,7 @@ class Animal:
             padded[width - row["input_ids"].shape[1] :] = row["input_ids"][0]
         mask = torch.stack([torch.arange(width) >= width - row["input_ids"].shape[1] for row in rows]).long()
         media = [{name: value for name, value in row.items() if name != "input_ids"} for row in rows]
-        if self.name == "smolvlm" and any(media):
+        if self.name in ("smolvlm", "idefics3") and any(media):
             media = [_with_blank_images(fields, media) for fields in media]
         joined = {"input_ids": ids, "attention_mask": mask} | _joined([fields for fields in media if fields])
         if self.name.startswith("qwen"):
@@ -85,7 +85,7 @@ def _joined(fields: Sequence[Row]) -> Row:
 
 
 def _with_blank_images(fields: Row, rows: Sequence[Row]) -> Row:
-    """SmolVLM takes as many images of every sample; those that are all 0 are none."""
+    """SmolVLM and Idefics3 take as many images of every sample; those that are all 0 are none."""
     most = max(len(row.get("pixel_values", ())) for row in rows)
     some = next(row["pixel_values"] for row in rows if row)
     own = fields.get("pixel_values", some[:0])
@@ -187,6 +187,26 @@ def _qwen2_5_vl() -> Animal:
     )
 
 
+def _qwen2_vl() -> Animal:
+    vision = {
+        "depth": 2, "embed_dim": WIDTH, "hidden_size": WIDTH, "mlp_ratio": 1, "num_heads": 2, "patch_size": 4,
+        "spatial_merge_size": 2, "temporal_patch_size": 2,
+    }  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    model = _build(
+        "qwen2_vl",
+        vision_config=vision,
+        text_config=_text("qwen2_vl_text", rope_parameters=rope, use_sliding_window=False),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+    )
+    image = torch.tensor([[1, 8, 8]])
+    return Animal(
+        "qwen2_vl", model, {"image": lambda: ({"pixel_values": _pixels(64, 96), "image_grid_thw": image}, 16)}
+    )
+
+
 def _qwen3_vl() -> Animal:
     vision = {
         "depth": 3, "hidden_size": WIDTH, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": WIDTH,
@@ -220,10 +240,10 @@ def _internvl() -> Animal:
     return Animal("internvl", model, {"image": lambda: ({"pixel_values": _pixels(1, 3, 32, 32)}, 16)})
 
 
-def _smolvlm() -> Animal:
-    vision = _tower("smolvlm_vision", 32)
+def _idefics3(kind: str = "idefics3") -> Animal:
+    vision = _tower(f"{kind}_vision", 32)
     model = _build(
-        "smolvlm",
+        kind,
         vision_config=vision,
         text_config=_text("llama"),
         image_token_id=IMAGE,
@@ -231,7 +251,11 @@ def _smolvlm() -> Animal:
         pad_token_id=PAD,
         tie_word_embeddings=False,
     )
-    return Animal("smolvlm", model, {"image": lambda: ({"pixel_values": _pixels(1, 3, 32, 32)}, 16)})
+    return Animal(kind, model, {"image": lambda: ({"pixel_values": _pixels(1, 3, 32, 32)}, 16)})
+
+
+def _smolvlm() -> Animal:
+    return _idefics3("smolvlm")
 
 
 def _foveate() -> Animal:
@@ -256,7 +280,18 @@ def _foveate() -> Animal:
 
 _MAKERS = {
     maker.__name__[1:]: maker
-    for maker in (_llava, _llava_next, _llava_onevision, _qwen2_5_vl, _qwen3_vl, _internvl, _smolvlm, _foveate)
+    for maker in (
+        _llava,
+        _llava_next,
+        _llava_onevision,
+        _qwen2_vl,
+        _qwen2_5_vl,
+        _qwen3_vl,
+        _internvl,
+        _smolvlm,
+        _idefics3,
+        _foveate,
+    )
 }
 NAMES = tuple(_MAKERS)
 
