@@ -5,43 +5,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .vlm.pruning import (
-        EVS,
-        VTCCLS,
-        DyCoke,
-        FasterVLM,
-        FastV,
-        HiRED,
-        Lowest,
-        PyramidDrop,
-        Random,
-        SparseVLM,
-        SparseVLMPlus,
-        VisionZip,
-        reduce,
-    )
-
-__all__ = [
-    "EVS",
-    "VTCCLS",
-    "DyCoke",
-    "FastV",
-    "FasterVLM",
-    "HiRED",
-    "Lowest",
-    "PyramidDrop",
-    "Random",
-    "SparseVLM",
-    "SparseVLMPlus",
-    "VisionZip",
-    "reduce",
-]
+    from .vlm.pruning import *  # noqa: F403
 
 
 def __getattr__(name: str) -> Any:
-    """What needs torch and transformers is imported when it is first asked for."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .vlm import pruning
+    """`reduce` and the pruning methods, which need torch: imported when they are first asked for."""
+    if name == "reduce" or name[0].isupper():
+        from .vlm import pruning
 
-    return getattr(pruning, name)
+        return getattr(pruning, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
