@@ -13,6 +13,7 @@ from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 
 from foveate.data.document import Document, Image, Text, Video
+from foveate.data.drawing import digit_masks
 from foveate.data.encoding import encode
 from foveate.data.glyphs import (
     COLOURS,
@@ -25,7 +26,6 @@ from foveate.data.glyphs import (
     GlyphSource,
     Question,
     Scene,
-    _digit_masks,
     clip_colour_questions,
     digit_clip,
     draw_cells,
@@ -69,7 +69,7 @@ def test_splits_share_no_digit_image_and_leave_none_out() -> None:
     split_masks = {
         split: Counter(
             (digit, (mask * 255).round().astype(np.uint8).tobytes())
-            for digit, masks in _digit_masks(split).items()
+            for digit, masks in digit_masks(split).items()
             for mask in masks
         )
         for split in SPLITS
@@ -97,7 +97,7 @@ def test_splits_share_no_digit_image_and_leave_none_out() -> None:
 @pytest.mark.parametrize("split", SPLITS)
 def test_pictures_show_digits_of_their_split_alone(split: str) -> None:
     """Each drawn digit is nearest to a mask of its own split and label, among all."""
-    masks = [(s, d, m) for s in SPLITS for d, images in _digit_masks(s).items() for m in images]
+    masks = [(s, d, m) for s in SPLITS for d, images in digit_masks(s).items() for m in images]
     stack = np.stack([m for _, _, m in masks]).reshape(len(masks), -1)
     stack = (stack - stack.mean(1, keepdims=True)) / stack.std(1, keepdims=True)
     rng = np.random.default_rng(0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from foveate.data import glyphs as glyph_data
+from foveate.data import drawing
 from foveate.data.glyphs import COLOURS, DIGITS, Question
 from foveate.eval import glyphs
 from foveate.eval.glyphs import TASKS, Item, answer, evaluate, task_items
@@ -80,13 +80,13 @@ def test_items_are_the_same_for_the_same_seed_and_split(task: str) -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_items_show_digits_of_their_split_alone(task: str, split: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were every digit of the split blank, the others' would still show; none does."""
-    real, drawn = glyph_data._digit_masks, []
+    real, drawn = drawing.digit_masks, []
 
     def recorded(of: str) -> dict[str, np.ndarray]:
         drawn.append(of)
         return real(of)
 
-    monkeypatch.setattr(glyph_data, "_digit_masks", recorded)
+    monkeypatch.setattr(drawing, "digit_masks", recorded)
     list(task_items(task, 6, split))
     assert set(drawn) == {split}
 
