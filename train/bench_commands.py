@@ -176,7 +176,7 @@ def prefill(
 
     settings = PrefillBench(
         shape.value,
-        tuple(int(count) for count in visual.split(",")),
+        _counts("--visual", visual),
         text,
         tuple(prune or METHODS),
         tower,
@@ -187,6 +187,13 @@ def prefill(
         "sdpa" if attention == Attention.auto else attention.value,
     )
     _report(bench_prefill(settings, _show), as_json, ("torch", "transformers"))
+
+
+def _counts(option: str, text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise ValueError(f"{option} is {text!r}; accepted: numbers of at least 1, with commas between them")
+    return tuple(int(part) for part in parts)
 
 
 def _show(line: str) -> None:

@@ -169,7 +169,8 @@ def _build(shape: str, options: dict[str, Any], tower: bool) -> Any:
             "model_type": "qwen2_5_vl_text",
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
         }
-        vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 1, "out_hidden_size": 3584}
+        vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 1}
+        vision["out_hidden_size"] = text["hidden_size"]
         qwen = Qwen2_5_VLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE_ID)
         return Qwen2_5_VLForConditionalGeneration._from_config(qwen, **options)
     fields = FOVEATE_SHAPES["8b" if shape == "nvila-8b" else shape]

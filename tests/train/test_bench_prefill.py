@@ -69,6 +69,17 @@ def test_the_command_prints_a_results_file(monkeypatch: pytest.MonkeyPatch, capf
     assert all(entry["baseline"] in names for entry in said["results"] if "baseline" in entry)
 
 
+@pytest.mark.parametrize("visual", ["abc", "576,", "0", "5.5"])
+def test_the_command_names_the_option_that_is_wrong(
+    visual: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["foveate", "bench", "prefill", "--shape", "tiny", "--visual", visual])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code not in (0, None)
+    assert f"--visual is '{visual}'; accepted: numbers of at least 1" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("shape", "parameters"),
     [("llava-1.5-7b", 6.74e9), ("nvila-8b", 7.62e9), ("qwen2.5-vl-7b", 7.62e9), ("0.5b", 0.49e9)],
