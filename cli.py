@@ -64,6 +64,7 @@ class ExportFormat(StrEnum):
 
 class EvalTask(StrEnum):
     glyphs = "glyphs"
+    rows = "rows"
 
 
 class Split(StrEnum):
@@ -370,7 +371,10 @@ def export(
 @app.command("eval")
 def evaluate(
     model: ModelArgument,
-    task: Annotated[EvalTask, typer.Option(help="glyphs: the embedded data's tasks.")] = EvalTask.glyphs,
+    task: Annotated[
+        EvalTask,
+        typer.Option(help="glyphs: the embedded data's tasks. rows: rows of glyphs sorted, for models of `sort-row`."),
+    ] = EvalTask.glyphs,
     out: Annotated[
         Path | None, typer.Option(help="Folder for metrics.json and report.html. Default: only printed.")
     ] = None,
@@ -381,9 +385,11 @@ def evaluate(
     """Measure a model's generated answers on a task, with 95 % intervals and baselines."""
     methods = _methods(prune)
     from .eval.report import evaluate_and_report
+    from .eval.rows import evaluate_rows
 
     loaded, processor = _load(model)
-    evaluate_and_report(loaded, processor, out, n, split.value, Console(), methods)
+    run = evaluate_rows if task == EvalTask.rows else evaluate_and_report
+    run(loaded, processor, out, n, split.value, Console(), methods)
 
 
 def _methods(texts: list[str] | None) -> list[Any]:

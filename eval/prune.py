@@ -164,9 +164,16 @@ def measure(
     setting: Setting,
     seed: int,
     batch: int = 250,
+    methods: Sequence[Any] | None = None,
 ) -> Measured:
-    """Generates the answers in a setting and compares them with the truth."""
-    methods = [parse_method(setting.method)] if setting.method else []
+    """Generates the answers in a setting and compares them with the truth.
+
+    Args:
+        batch: questions at a time.
+        methods: that drop visual tokens; the setting's when None.
+    """
+    if methods is None:
+        methods = [parse_method(setting.method)] if setting.method else []
     reduction = reduce(model, *methods) if methods else None
     said: list[str] = []
     with reduction or nullcontext():
@@ -196,9 +203,13 @@ def _costs(model: FoveateForConditionalGeneration, reduction: Reduction | None) 
     return visual, sum(cost.pruned.flops for cost in costs) / sum(cost.full.flops for cost in costs)
 
 
-def _recall(prefills: Iterable[Prefill], first: Sequence[int]) -> float:
+def _recall(prefills: Sequence[Prefill], first: Sequence[int]) -> float:
     """Part of `COLUMNS` visual tokens from number `first[question]` on that the last stage kept; mean."""
-    kept = [tokens for prefill in prefills for tokens in prefill.stages[-1].kept]
+    whole = [tuple(torch.arange(given) for given in prefill.given) for prefill in prefills]  # where nothing was dropped
+    last = [
+        prefill.stages[-1].kept if prefill.stages else all_of for prefill, all_of in zip(prefills, whole, strict=True)
+    ]
+    kept = [tokens for of_prefill in last for tokens in of_prefill]
     needed = [((tokens >= cell) & (tokens < cell + COLUMNS)).sum() for tokens, cell in zip(kept, first, strict=True)]
     return float(torch.stack(needed).float().mean() / COLUMNS)
 
@@ -438,17 +449,17 @@ def tests_table(tests: Sequence[dict[str, Any]]) -> str:
 
 
 def with_tables(page: str, results: dict[str, Any]) -> str:
-    """A Markdown page with its tables made anew, between marks such as `<!-- curves -->` and `<!-- /curves -->`."""
+    """A Markdown page with its tables made anew, between marks such as `<!-- points -->` and `<!-- /points -->`."""
     tables = {
         "dev": dev_table(results["dev"]),
-        "curves": table(results["points"]),
+        "points": table(results["points"]),
         "tests": tests_table(results["tests"]),
     }
     for mark, made in tables.items():
-        start, end = f"<!-- {mark} -->\n", f"\n<!-- /{mark} -->"
+        start, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
         before, found, rest = page.partition(start)
         if found:
-            page = before + start + made + end + rest.partition(end)[2]
+            page = f"{before}{start}{made}\n{end}{rest.partition(end)[2]}"
     return page
 
 
