@@ -407,21 +407,35 @@ def choose(
 
 
 def table(points: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a row for each point."""
-    columns = ("method", "K", "kept", "visual tokens", "FLOPs", "row kept", "words right", "95 %", "of full", "answers")
+    """Markdown: a row for each method at its K, a column for each fraction kept."""
+    keeps = sorted({point["keep"] for point in points if 0 < point["keep"] < 1}, reverse=True)
+    columns = ["method", "K", "visual tokens", "FLOPs", *(f"{keep:.0%}" for keep in keeps)]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for point in sorted(points, key=_place):
-        words, exact = point["results"]
-        lines.append(
-            f"| {point['curve']} | {point['layer'] or ''} | {point['keep']:.0%} | {point['visual_tokens']:.1f} | "
-            f"{point['flops']:.2f} | {point['recall']:.2f} | **{words['value']:.3f}** | "
-            f"{words['low']:.3f} – {words['high']:.3f} | {words['ratio']:.1%} | {exact['value']:.3f} |"
+    for (curve, layer), some in _curves(points).items():
+        name = {FULL.curve: "nothing dropped", "nothing": "every token dropped"}.get(curve, curve)
+        visual, flops = (
+            " / ".join(f"{p[key]:{form}}" for p in some) for key, form in (("visual_tokens", ".1f"), ("flops", ".2f"))
         )
+        cells = [_cell(point) for point in some] + [""] * (len(keeps) - len(some))
+        lines.append(f"| {' | '.join([name, str(layer or ''), visual, flops, *cells])} |")
     return "\n".join(lines)
 
 
+def _cell(point: dict[str, Any]) -> str:
+    words, exact = point["results"]
+    interval = f"{words['low']:.3f} – {words['high']:.3f}"
+    return f"**{words['value']:.3f}** ({interval}), {exact['value']:.3f}, {point['recall']:.2f}"
+
+
+def _curves(points: Sequence[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """By curve and K, most kept first; FastV and the controls at layer 1, and what acts after the tower, come last."""
+    curves: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for point in sorted(points, key=_place):
+        curves[point["curve"], point["layer"]].append(point)
+    return dict(curves)
+
+
 def _place(point: dict[str, Any]) -> tuple[bool, int, int, float]:
-    """Of a point in tables: layer 1 and what acts after the tower come last."""
     order = (FULL.curve, *IN_LLM, *CONTROLS, "nothing", *AFTER_TOWER)
     return point["layer"] == 1, order.index(point["curve"]), point["layer"], -point["keep"]
 
@@ -438,14 +452,16 @@ def dev_table(told: Sequence[dict[str, Any]]) -> str:
 
 
 def tests_table(tests: Sequence[dict[str, Any]]) -> str:
-    """Markdown: what `kept_and_tests` gives."""
-    lines = ["| | | 95 % interval | p |", "|---|---|---|---|"]
+    """Markdown: what `kept_and_tests` gives, a row for each method, K and fraction."""
+    rows: dict[str, dict[str, str]] = defaultdict(dict)
     for one in tests:
-        value = f"{one['value']:.1%}" if one["unit"] == "ratio" else f"{one['value']:+.3f}"
-        low, high = (f"{x:.1%}" if one["unit"] == "ratio" else f"{x:+.3f}" for x in (one["low"], one["high"]))
-        p = "" if "p" not in one else f"{one['p']:.1g}"
-        lines.append(f"| {one['name']} | **{value}** | {low} – {high} | {p} |")
-    return "\n".join(lines)
+        name, _, what = one["name"].partition(": ")
+        form = ".1%" if one["unit"] == "ratio" else "+.3f"
+        cell = f"**{one['value']:{form}}** ({one['low']:{form}} – {one['high']:{form}})"
+        rows[name][what] = cell + (f", p = {one['p']:.1g}" if "p" in one else "")
+    columns = list(dict.fromkeys(what for row in rows.values() for what in row))
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    return "\n".join([*lines, *(f"| {name} | {' | '.join(row[c] for c in columns)} |" for name, row in rows.items())])
 
 
 def with_tables(page: str, results: dict[str, Any]) -> str:
@@ -466,9 +482,7 @@ def with_tables(page: str, results: dict[str, Any]) -> str:
 def picture(points: Sequence[dict[str, Any]]) -> bytes:
     """A PNG: words right over the fraction kept inside the LLM, and of all methods over what they process."""
     figure, (inside, of_all) = plt.subplots(1, 2, figsize=(12.5, 5.2), sharey=True)
-    by_curve: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
-    for point in sorted(points, key=_place):
-        by_curve[point["curve"], point["layer"]].append(point)
+    by_curve = _curves(points)
     full = by_curve.pop((FULL.curve, FULL.layer))[0]["results"][0]["value"]
     for axes in (inside, of_all):
         axes.axhline(full, ls=":", lw=1, color="0.4", label="nothing dropped")
@@ -476,14 +490,14 @@ def picture(points: Sequence[dict[str, Any]]) -> bytes:
     for (curve, layer), some in by_curve.items():
         if curve == "nothing":
             value = some[0]["results"][0]["value"]
-            inside.axhline(value, ls="-.", lw=1, color="0.4", label=f"no visual token from layer {layer} on")
+            inside.axhline(value, ls=(0, (layer, 2)), lw=1, color="0.4", label=f"every token dropped at K = {layer}")
             continue
         line = {1: ":", 2: "--", 3: "-"}.get(layer, "-")
         label = f"{curve}, K = {layer}" if layer else f"{curve}, after the tower"
         style = {"color": colours[curve], "ls": line, "label": label, "lw": 1 if curve in CONTROLS else 2}
         if layer:
             _band(inside, [100 * point["keep"] for point in some], some, style)
-        if curve not in CONTROLS:
+        if curve != "lowest":
             _band(of_all, [point["visual_tokens"] for point in some], some, style)
     inside.set_xscale("log")
     inside.set_xticks([100 * keep for keep in KEEPS], [f"{keep:.0%}" for keep in KEEPS])
