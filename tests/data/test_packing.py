@@ -33,7 +33,9 @@ class Sizes:
         tokens, tiles = self.sizes[index % len(self.sizes)]
         ids = np.full(tokens, index, dtype=np.int64)
         pixels = np.full((tiles, 2, 2, 3), index % 256, dtype=np.uint8)
-        return Sample(f"sample/{index}", ids, ids, MediaTiles(pixels[: tiles // 2], pixels[tiles // 2 :]))
+        images, frames = pixels[: tiles // 2], pixels[tiles // 2 :]
+        grids = np.array([(len(frames), 1, 1)] if tiles else [], np.int64).reshape(-1, 3)
+        return Sample(f"sample/{index}", ids, ids, MediaTiles(images, frames, video_grids=grids))
 
 
 def keys(row: list[Sample]) -> list[str]:
@@ -145,13 +147,15 @@ def test_collated_rows_restart_positions_and_pad_with_a_document_of_its_own(proc
     assert batch.inputs["input_ids"].tolist() == [[1, 1, 0, 0, 0], [2, 2, 2, 2, pad]]
     assert batch.inputs["labels"].tolist() == [[1, 1, 0, 0, 0], [2, 2, 2, 2, -100]]
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 0, 1, 2], [0, 1, 2, 3, 0]]
-    assert set(batch.inputs) == {"input_ids", "labels", "position_ids", "pixel_values", "pixel_values_videos"}
+    names = {"input_ids", "labels", "position_ids", "pixel_values", "pixel_values_videos", "video_grids"}
+    assert set(batch.inputs) == names
     assert batch.keys == ("sample/1", "sample/0", "sample/2")
     assert (batch.tokens, batch.positions, batch.loss_tokens) == (9, 10, 9)
     assert (batch.lengths, batch.tiles) == ((2, 3, 4), (1, 2, 0))
     # sample 0 has an image and a frame, sample 1 one frame: (pixel / 255 - 0.5) / 0.5
     assert batch.inputs["pixel_values"].shape == (1, 3, 2, 2)
     assert batch.inputs["pixel_values_videos"][:, 0, 0, 0].tolist() == pytest.approx([2 / 255 - 1, -1], abs=1e-6)
+    assert batch.inputs["video_grids"].tolist() == [[1, 1, 1], [1, 1, 1]]
 
 
 def test_raw_pixels_are_normalised_later_to_the_same_bits(processor: FoveateProcessor) -> None:
