@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 # Where torchao is installed, importing transformers logs what only its developers can act on.
 logging.getLogger("torch.utils._pytree").addFilter(lambda record: "Enum subclass" not in record.getMessage())
+logging.getLogger("torchao").addFilter(  # its kernels for GPUs, which can't be loaded where there is none
+    lambda record: "Failed to load" not in record.getMessage() or sys.modules["torch"].cuda.is_available()
+)
 
 app = typer.Typer(
     name="foveate",
