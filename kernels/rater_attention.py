@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 
 SCORES_AT_ONCE = 1 << 22  # bounds the memory: logits that the reference holds at a time (16 MiB in float32)
+KEYS_AT_ONCE = 1 << 24  # likewise numbers of the keys, widened (64 MiB in float32)
+FEW_RATERS = 4  # for which kernels gain nothing, and would have to be compiled first
 
 
 def rater_attention(
@@ -20,7 +22,8 @@ def rater_attention(
 ) -> torch.Tensor:
     """Softmax attention of raters over all keys that each of them sees, some of its columns, averaged.
 
-    On CUDA the Triton kernels run, where Triton is installed and they take the inputs; otherwise the reference does.
+    On CUDA the Triton kernels run for more than a few raters, where Triton is installed and they take the inputs;
+    otherwise the reference does.
 
     Args:
         q: [heads, raters, head_dim], queries after RoPE.
@@ -41,7 +44,7 @@ def rater_attention(
         raise ValueError(f"q has {q.shape[0]} heads, k {k.shape[0]}; accepted: a multiple of k's")
     if over == "heads" and weights is not None:
         raise ValueError("weights are for over='raters'")
-    if q.is_cuda and has_triton():
+    if q.is_cuda and q.shape[1] > FEW_RATERS and has_triton():
         from . import rater_attention_triton as kernels
 
         if kernels.takes(q):
@@ -70,7 +73,7 @@ def rater_attention_reference(
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     grouped = q.unflatten(0, (kv_heads, group))  # [kv_heads, group, raters, head_dim]
     raters_at_once = min(raters, max(1, SCORES_AT_ONCE // (group * keys)))
-    kv_heads_at_once = max(1, SCORES_AT_ONCE // (group * keys * raters_at_once))
+    kv_heads_at_once = max(1, min(SCORES_AT_ONCE // (group * keys * raters_at_once), KEYS_AT_ONCE // k[0].numel()))
     key = torch.arange(keys, device=k.device)
     out = torch.zeros(raters if over == "heads" else heads, len(columns), dtype=dtype, device=q.device)
     for kv_start in range(0, kv_heads, kv_heads_at_once):

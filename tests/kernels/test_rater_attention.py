@@ -38,8 +38,10 @@ def example(heads, kv_heads, raters, keys, head_dim, dtype=torch.float32):
 
 @pytest.mark.parametrize(("over", "weighted"), AVERAGES)
 @pytest.mark.parametrize("scores_at_once", [1, 300, 1 << 22])  # one head and rater at a time, some, all
-def test_reference_equals_brute_force(monkeypatch, scores_at_once, over, weighted):
+@pytest.mark.parametrize("keys_at_once", [1, 1 << 24])
+def test_reference_equals_brute_force(monkeypatch, scores_at_once, keys_at_once, over, weighted):
     monkeypatch.setattr(module, "SCORES_AT_ONCE", scores_at_once)
+    monkeypatch.setattr(module, "KEYS_AT_ONCE", keys_at_once)
     for shape in [(6, 2, 5, 23, 8), (4, 4, 1, 17, 16), (2, 1, 9, 11, 4)]:
         *inputs, weights = example(*shape)
         weights = weights if weighted else None
@@ -67,6 +69,14 @@ def test_memory_stays_bounded_with_many_raters(monkeypatch):
         with torch.profiler.profile(profile_memory=True) as profile:
             rater_attention(q, k, last, columns, 1.0, over)
         assert max(event.self_cpu_memory_usage for event in profile.events()) <= 4 << 15 < 4 * heads * raters * keys
+
+
+def test_memory_stays_bounded_with_many_keys(monkeypatch):
+    monkeypatch.setattr(module, "KEYS_AT_ONCE", 2 * 512 * 16)  # two heads' of eight
+    q, k = torch.randn(8, 1, 16).bfloat16(), torch.randn(8, 512, 16).bfloat16()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        rater_attention(q, k, torch.tensor([511]), torch.arange(100), 1.0, "heads")
+    assert max(event.self_cpu_memory_usage for event in profile.events()) <= 4 * 2 * 512 * 16
 
 
 def test_wrong_arguments_are_refused():

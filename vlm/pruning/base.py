@@ -101,13 +101,19 @@ class Stage:
 
     Attributes:
         layer: the first layer that read fewer tokens.
-        kept: of each sample int64 [kept], ascending, which of the visual tokens that it brought to this prefill.
+        tokens: of each sample int64 [visual], which of the visual tokens that it brought to this prefill each one is
+            that went on, ascending, and -1 for merged ones; where the model is, so that no prefill waits for them.
         merged: of each sample, new tokens that this stage made.
     """
 
     layer: int
-    kept: tuple[torch.Tensor, ...]
+    tokens: tuple[torch.Tensor, ...]
     merged: tuple[int, ...]
+
+    @property
+    def kept(self) -> tuple[torch.Tensor, ...]:
+        """Of each sample int64 [kept], `tokens` without merged ones, on the CPU."""
+        return tuple(tokens[tokens >= 0].cpu() for tokens in self.tokens)
 
 
 @dataclass(frozen=True)

@@ -228,8 +228,7 @@ class PrefillPass:
             hidden = torch.cat([hidden, more], dim=1)
         choice = self.stream.choose(selections)
         hidden = take(hidden, choice.sources.to(hidden.device), 0.0, self.stream.has_holes)
-        given = tuple(row.given[row.given >= 0].cpu() for row in self.stream.rows)
-        self.done.append(Stage(index, given, counts))
+        self.done.append(Stage(index, tuple(row.given for row in self.stream.rows), counts))
         self._move(choice.places, reindexes, hidden)
         return hidden
 
