@@ -17,26 +17,11 @@ from foveate.data.drawing import COLOURS
 from foveate.eval import prune
 from foveate.eval.glyphs import answer
 from foveate.eval.prune import FULL, Measured, Setting
-from foveate.train.build import build_model
-from foveate.train.recipe import load_recipe
 from foveate.vlm.pruning import Prefill, parse_method
 from foveate.vlm.pruning.base import Stage
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["a1", "b1", "c1", "d1", "a2", "b2", "c2", "d2"]  # of rows, from the top
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Any:
-    """The recipe's model with random weights, but smaller."""
-    torch.manual_seed(0)
-    recipe = load_recipe("sort-row", [
-        "model.text.hidden_size=32", "model.text.intermediate_size=48", "model.text.num_attention_heads=2",
-        "model.text.num_key_value_heads=2", "model.vision.hidden_size=24", "model.vision.intermediate_size=32",
-        "model.vision.num_hidden_layers=2",
-    ])  # fmt: skip
-    model, processor = build_model(recipe.model)
-    return model.eval(), processor
 
 
 def measured(curve: str, keep: float, seed: int, right: list[int], draw: int = 0, words: int = 8) -> Measured:
@@ -107,8 +92,10 @@ def test_settings_name_methods_that_keep_what_they_say() -> None:
             assert method.seed == one.draw
 
 
-def test_a_setting_is_measured_under_its_method(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, processor = tiny
+def test_a_setting_is_measured_under_its_method(
+    row_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = row_model
     items = prune.row_items(6)
     said = answer(model, processor, items, max_new_tokens=9)
     right = tuple(prune.right_words(a, item.question.answer) for a, item in zip(said, items, strict=True))

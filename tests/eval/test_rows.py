@@ -6,33 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
 from foveate.eval.prune import row_items
 from foveate.eval.rows import evaluate_rows
-from foveate.train.build import build_model
-from foveate.train.recipe import load_recipe
 from foveate.vlm.pruning import parse_method
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Any:
-    torch.manual_seed(0)
-    recipe = load_recipe("sort-row", [
-        "model.text.hidden_size=32", "model.text.intermediate_size=48", "model.text.num_attention_heads=2",
-        "model.text.num_key_value_heads=2", "model.vision.hidden_size=24", "model.vision.intermediate_size=32",
-        "model.vision.num_hidden_layers=2",
-    ])  # fmt: skip
-    model, processor = build_model(recipe.model)
-    return model.eval(), processor
 
 
 @pytest.mark.parametrize("keep", [0.25, 1.0])
 def test_what_is_printed_and_written_is_what_was_answered(
-    tiny: Any, keep: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    row_model: Any, keep: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, processor = tiny
+    model, processor = row_model
     truths = [item.question.answer.split() for item in row_items(4, "dev")]
     said = [
         " ".join(words[:right] + ["nothing"] * (8 - right)) for words, right in zip(truths, (8, 4, 8, 0), strict=True)
@@ -63,8 +48,8 @@ def test_what_is_printed_and_written_is_what_was_answered(
     assert (written["recall"] == 1) == (keep == 1)
 
 
-def test_models_that_read_other_numbers_of_tokens_are_refused(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, processor = tiny
+def test_models_that_read_other_numbers_of_tokens_are_refused(row_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = row_model
     monkeypatch.setattr(processor, "image_size", [64, 64])
     with pytest.raises(ValueError, match="reads 16 tokens of a scene of rows; accepted: 32"):
         evaluate_rows(model, processor, None, 4, "dev", Console(file=io.StringIO()))

@@ -96,6 +96,34 @@ class Pruner(ABC):
 
 
 @dataclass(frozen=True)
+class OneStage(Pruner):
+    """A method that keeps a fraction of the visual tokens before one layer.
+
+    Attributes:
+        layer: K, the first layer that reads fewer visual tokens.
+        keep: fraction of the visual tokens that is kept.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    layer: int = 2
+    keep: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_layers((self.layer,), "layer")
+        check_keep(self.keep)
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def budget(self, visual: int) -> int:
+        """Tokens to keep of so many; halves are rounded to even numbers."""
+        return round(visual * self.keep)
+
+
+@dataclass(frozen=True)
 class Stage:
     """What one stage kept.
 

@@ -5,42 +5,31 @@ from typing import ClassVar, Literal
 
 import torch
 
-from .base import Pruner, Selection, Sight, check_keep, check_layers
+from .base import OneStage, Selection, Sight
 
 
 @dataclass(frozen=True)
-class Random(Pruner):
+class Random(OneStage):
     """Keeps any visual tokens.
 
     Attributes:
-        layer: the first layer that reads fewer visual tokens.
-        keep: fraction of the visual tokens that is kept.
+        layer, keep: see `FastV`.
         seed: of the draws, which go on over the samples of a session.
 
     Raises:
         ValueError: a field is out of range.
     """
 
-    layer: int = 2
-    keep: float = 0.5
-    seed: int = 0
     scored_by: ClassVar[Literal["previous", "own", "nothing"]] = "nothing"
-
-    def __post_init__(self) -> None:
-        check_layers((self.layer,), "layer")
-        check_keep(self.keep)
-
-    @property
-    def stages(self) -> tuple[int, ...]:
-        return (self.layer,)
+    seed: int = 0
 
     def select(self, stage: int, sight: Sight) -> Selection:
-        drawn = torch.randperm(sight.visual, generator=sight.generator)[: round(sight.visual * self.keep)]
+        drawn = torch.randperm(sight.visual, generator=sight.generator)[: self.budget(sight.visual)]
         return Selection(drawn.sort().values)
 
 
 @dataclass(frozen=True)
-class Lowest(Pruner):
+class Lowest(OneStage):
     """Keeps the visual tokens with the lowest scores of FastV.
 
     Attributes:
@@ -50,18 +39,7 @@ class Lowest(Pruner):
         ValueError: a field is out of range.
     """
 
-    layer: int = 2
-    keep: float = 0.5
-
-    def __post_init__(self) -> None:
-        check_layers((self.layer,), "layer")
-        check_keep(self.keep)
-
-    @property
-    def stages(self) -> tuple[int, ...]:
-        return (self.layer,)
-
     def select(self, stage: int, sight: Sight) -> Selection:
         assert sight.attention is not None
         scores = sight.attention.head_mean()[-1]
-        return Selection(scores.topk(round(len(scores) * self.keep), largest=False).indices.sort().values)
+        return Selection(scores.topk(self.budget(sight.visual), largest=False).indices.sort().values)

@@ -5,11 +5,11 @@ An Image is Worth 1/2 Tokens After Layer 2 (ECCV 2024), https://arxiv.org/abs/24
 
 from dataclasses import dataclass
 
-from .base import Pruner, Selection, Sight, check_keep, check_layers
+from .base import OneStage, Selection, Sight
 
 
 @dataclass(frozen=True)
-class FastV(Pruner):
+class FastV(OneStage):
     """Ranks by the attention of layer K - 1, averaged over heads, from the last prompt token.
 
     Attributes:
@@ -20,18 +20,7 @@ class FastV(Pruner):
         ValueError: a field is out of range.
     """
 
-    layer: int = 2
-    keep: float = 0.5
-
-    def __post_init__(self) -> None:
-        check_layers((self.layer,), "layer")
-        check_keep(self.keep)
-
-    @property
-    def stages(self) -> tuple[int, ...]:
-        return (self.layer,)
-
     def select(self, stage: int, sight: Sight) -> Selection:
         assert sight.attention is not None
         scores = sight.attention.head_mean()[-1]  # [visual]
-        return Selection(scores.topk(round(len(scores) * self.keep)).indices.sort().values)
+        return Selection(scores.topk(self.budget(sight.visual)).indices.sort().values)
