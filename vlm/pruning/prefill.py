@@ -140,7 +140,7 @@ class PrefillPass:
             if self.tokens > 1:
                 kept.expect(slots, self.tokens, kept.has_holes or self.stream.has_holes)
         if self.todo and self.todo[0][0] == index + 1 and self.todo[0][2].scored_by == "previous":
-            self._show_attention(self._keep_seen)
+            self._show_attention(stop=False)
         return (hidden, *args[1:]), kwargs
 
     # What is left, for the layer to come.
@@ -243,7 +243,9 @@ class PrefillPass:
             places = places.expand(*self.positions.shape[:-1], -1)
             self.positions = self.positions.gather(-1, places)
         decoder: Any = self.architecture.decoder
-        self.rotary = decoder.rotary_emb(hidden, self.positions)
+        self.rotary = decoder.rotary_emb(
+            hidden[:1, :1].to(self.positions.device), self.positions
+        )  # its dtype and device
 
     # Attention.
 
@@ -268,11 +270,12 @@ class PrefillPass:
         else:
             raters = row.text[-1:]
         cos, sin = (part[min(sample, len(part) - 1), begin:] for part in rotary)
+        device = cos.device  # the stage's; the layer that was seen may be on another one
         return RaterAttention(
-            q[sample][:, raters.to(q.device)],
-            keys,
-            (raters - begin + past).to(q.device),
-            (row.visual - begin + past).to(q.device),
+            q[sample][:, raters.to(q.device)].to(device),
+            keys.to(device),
+            (raters - begin + past).to(device),
+            (row.visual - begin + past).to(device),
             scaling,
             (cos, sin),
         )
@@ -280,20 +283,22 @@ class PrefillPass:
     def _probe(self, index: int, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Sees the layer's own q and k of all columns, with nothing computed after them and nothing cached."""
         layer: Any = self.architecture.layers[index]
-        self._show_attention(self._stop_seen)
+        device = next(layer.parameters()).device
+        device = hidden.device if device.type == "meta" else device  # offloaded weights come where the states are
+        self._show_attention(stop=True)
         with suppress(_Seen):
             layer.self_attn(
-                hidden_states=layer.input_layernorm(hidden),
-                position_embeddings=rotary,
+                hidden_states=layer.input_layernorm(hidden.to(device)),
+                position_embeddings=(rotary[0].to(device), rotary[1].to(device)),
                 attention_mask=None,
                 past_key_values=_Peek(self.cache, index),
             )
 
-    def _show_attention(self, function: Callable[..., Any]) -> None:
-        """Until it is called once, the model's attention function is this one."""
+    def _show_attention(self, stop: bool) -> None:
+        """Until it is called once, the model's attention function is `_see`."""
         config = self.architecture.config
         self.hidden_name = config._attn_implementation
-        ALL_ATTENTION_FUNCTIONS[SCORES] = function
+        ALL_ATTENTION_FUNCTIONS[SCORES] = partial(self._see, stop)
         config._attn_implementation = SCORES
 
     def _hide_attention(self) -> None:
@@ -302,24 +307,24 @@ class PrefillPass:
             del ALL_ATTENTION_FUNCTIONS[SCORES]
             self.hidden_name = None
 
-    def _keep_seen(
-        self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+    def _see(
+        self,
+        stop: bool,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: Any,
+        **kwargs: Any,
     ) -> Any:
-        """An attention function that notes what it sees."""
+        """An attention function that notes what it sees, and with `stop` goes no further."""
         self._hide_attention()  # first: flash attention looks at the name
         scaling = kwargs.get("scaling")
         self.seen = (query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
+        if stop:
+            raise _Seen
         function = self.architecture.attention_function(module, self.architecture.config._attn_implementation)
         return function(module, query, key, value, mask, **kwargs)
-
-    def _stop_seen(
-        self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
-    ) -> Any:
-        """An attention function that notes what it sees, and goes no further."""
-        self._hide_attention()
-        scaling = kwargs.get("scaling")
-        self.seen = (query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
-        raise _Seen
 
 
 class _Seen(Exception):

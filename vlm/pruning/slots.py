@@ -112,7 +112,7 @@ class SlotLayer(DynamicLayer):
             order = kept.long().argsort(dim=1, stable=True)[:, slots.shape[1] - width :]  # what is kept, at the right
             real = torch.arange(width, device=slots.device) >= width - counts[:, None]
             self.slots = torch.where(real, slots.gather(1, order), -1)
-            index = order[:, None, :, None]
+            index = order[:, None, :, None].to(self.keys.device)
             self.keys = self.keys.gather(2, index.expand(-1, self.keys.shape[1], -1, self.keys.shape[3]))
             self.values = self.values.gather(2, index.expand(-1, self.values.shape[1], -1, self.values.shape[3]))
             self.has_holes = not bool(real.all())

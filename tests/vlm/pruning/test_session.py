@@ -19,6 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from foveate.vlm.pruning import EVS, FasterVLM, FastV, Random, reduce
+from foveate.vlm.pruning.base import Pruner, Selection, Sight
 from foveate.vlm.pruning.pyramiddrop import PyramidDrop
 from foveate.vlm.pruning.sparsevlm import SparseVLM
 
@@ -95,6 +96,48 @@ def test_a_second_question_brings_another_image(name: str, rows: tuple[str, ...]
         sum(int((one["input_ids"] == zoo.IMAGE).sum()) for one in samples),
         animal.image_tokens() * len(rows),
     ]
+
+
+class _Watches(Pruner):
+    """Keeps everything, and notes what the rater looks at before layer 2."""
+
+    stages = (2,)
+
+    def __init__(self, scored_by: str):
+        self.scored_by = scored_by  # type: ignore[assignment,misc]
+        self.rows: list[torch.Tensor] = []
+
+    def select(self, stage: int, sight: Sight) -> Selection:
+        assert sight.attention is not None
+        self.rows.append(sight.attention.head_mean()[0])
+        return Selection(torch.arange(sight.visual))
+
+
+@pytest.mark.parametrize(("scored_by", "layer"), [("previous", 1), ("own", 2)])
+@pytest.mark.parametrize("rows", [("image",), PADDED])
+def test_raters_of_a_second_prompt_see_the_first_one_too(scored_by: str, layer: int, rows: tuple[str, ...]) -> None:
+    """Their attention is the model's own: probabilities over all keys, those in the cache among them."""
+    animal, weights = zoo.animal("llava"), []
+    samples = [row("llava", pieces) for pieces in rows]
+    inputs, new = animal.batch(samples), animal.row(2, "image", 5)
+    news = animal.batch([new] * len(rows))
+    watcher = _Watches(scored_by)
+    with reduce(animal.model, watcher) as model:
+        first = model(**inputs, position_ids=(inputs["attention_mask"].cumsum(1) - 1).clamp(min=0))
+        watcher.rows.clear()
+        mask = torch.cat([inputs["attention_mask"], news["attention_mask"]], dim=1)
+        news |= {"attention_mask": mask, "past_key_values": first.past_key_values}
+        model(**news, position_ids=(mask.cumsum(1) - 1)[:, -news["input_ids"].shape[1] :])
+    whole = zoo.with_weights("llava")
+    attention: Any = whole.get_decoder().layers[layer].self_attn
+    hook = attention.register_forward_hook(lambda module, args, output: weights.append(output[1]))
+    for sample, one in enumerate(samples):
+        both = {field: torch.cat([one[field], new[field]]) for field in new if field != "input_ids" and field in one}
+        whole(**animal.alone(new | both | {"input_ids": torch.cat([one["input_ids"], new["input_ids"]], dim=1)}))
+        seen = (new["input_ids"][0] == zoo.IMAGE).nonzero()[:, 0] + one["input_ids"].shape[1]
+        want = weights[sample][0, :, -1].mean(0)[seen]
+        assert (watcher.rows[sample] - want).abs().max() <= 1e-9
+    hook.remove()
 
 
 @pytest.mark.parametrize("method", ["fastv", "pyramiddrop"])
