@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .vlm.cache import *  # noqa: F403
     from .vlm.pruning import *  # noqa: F403
 
 
 def __getattr__(name: str) -> Any:
-    """`reduce` and the pruning methods, which need torch: imported when they are first asked for."""
+    """`reduce`, the pruning methods, KV caches: they need torch, and are imported when they are first asked for."""
     if name == "reduce" or name[0].isupper():
-        from .vlm import pruning
+        from .vlm import cache, pruning
 
-        return getattr(pruning, name)
+        return getattr(cache if name in cache.__all__ else pruning, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from PIL import Image
-from transformers import DynamicCache
+from transformers import Cache
 from transformers.generation.streamers import TextStreamer
 
 from .checkpoints import load
@@ -17,19 +17,30 @@ from .encode import encode_video
 from .media import MediaError, Video, load_image, sample_video
 from .model import FoveateForConditionalGeneration
 from .processor import FoveateProcessor, VideoSource
-from .pruning.session import is_reduced
+from .pruning.session import is_reduced, new_cache
+from .quantised_weights import Scheme, quantise, use_kernels
 
 
-def load_model(path: str | Path, device: str | None = None) -> tuple[FoveateForConditionalGeneration, FoveateProcessor]:
+def load_model(
+    path: str | Path, device: str | None = None, weights: Scheme | None = None, tower_weights: Scheme | None = None
+) -> tuple[FoveateForConditionalGeneration, FoveateProcessor]:
     """Loads a model and its processor from a directory or a Hugging Face name, in the dtype it was saved in.
+
+    Args:
+        weights, tower_weights: how those of the LLM's and of the tower's layers are quantised; None leaves them.
 
     Raises:
         OSError: nothing is there that transformers can load.
         CheckpointError: it is no model of ours, nor one that `checkpoints.load` reads.
+        QuantisationError: the weights can't be quantised so.
     """
     where: Any = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, processor = load(path)
-    return model.to(where), processor
+    if weights or tower_weights:
+        quantise(model, weights, tower_weights)
+    model = model.to(where)
+    use_kernels(model)
+    return model, processor
 
 
 def load_media(
@@ -86,7 +97,8 @@ class Chat:
         media: what `load_media` gave.
         max_visual_tokens: budget of all media together; the processor's own when None. See `processor.plan`.
 
-    Made within `foveate.reduce`, it reads fewer visual tokens; it is then asked within it, too, and not elsewhere.
+    Made within `foveate.reduce`, it reads fewer visual tokens, or has the KV cache that was asked for there; it is then
+    asked within it, too, and not elsewhere.
 
     Attributes:
         media: as given.
@@ -126,7 +138,7 @@ class Chat:
                 )
         self.reduced = is_reduced(model)
         self.messages: list[dict] = []
-        self.cache: DynamicCache | None = None
+        self.cache: Cache | None = None
         self.cached_ids: list[int] = []
 
     def ask(self, question: str, max_new_tokens: int = 256, on_text: Callable[[str], None] | None = None) -> Answer:
@@ -204,7 +216,7 @@ class Chat:
             f"({', '.join(self.kinds) or 'none'}); accepted: a template for parts of text, image and video, or for text"
         )
 
-    def _reuse_cache(self, ids: list[int]) -> DynamicCache:
+    def _reuse_cache(self, ids: list[int]) -> Cache:
         """Keeps what the cache and the prompt have in common; all media must be in it, or it is dropped."""
         common = 0
         for cached, wanted in zip(self.cached_ids, ids[:-1], strict=False):
@@ -213,12 +225,12 @@ class Chat:
             common += 1
         media_ids = (self.processor.image_token_id, self.processor.video_token_id)
         if self.cache is None or any(i in media_ids for i in ids[common:]) or not _crop(self.cache, common):
-            self.cache, common = DynamicCache(config=self.model.language_model.config), 0
+            self.cache, common = new_cache(self.model), 0
         self.cached_ids = ids[:common]  # noted before generating, which may be interrupted
         return self.cache
 
 
-def _crop(cache: DynamicCache, length: int) -> bool:
+def _crop(cache: Cache, length: int) -> bool:
     """Leaves the first tokens in the cache; False where it can't, such as behind a full sliding window."""
     surplus = cache.get_seq_length() - length
     try:

@@ -13,6 +13,7 @@ from torch import nn
 
 from foveate import cli
 from foveate.vlm import FoveateForConditionalGeneration, FoveateProcessor, encode
+from foveate.vlm.cache import KVCache
 from foveate.vlm.chat import Chat, load_media, load_model
 from foveate.vlm.encode import encode_video
 from foveate.vlm.media import MediaError, Video, load_video
@@ -231,6 +232,35 @@ def test_later_turns_prefill_nothing_visual_and_thin_layers_stay_thin(tiny: Any)
             held = [layer.keys.shape[2] for layer in chat.cache.layers]
             assert held == [len(chat.cached_ids), len(chat.cached_ids) - 10]
     assert [prefill.visual for prefill in reduction.prefills] == [((20,), (10,))]
+
+
+@pytest.mark.parametrize("kv", ["dense", "int4:group=8,residual=8"])
+def test_turns_go_on_in_the_kv_cache_asked_for(tiny: Any, kv: str) -> None:
+    model, processor = tiny.model(dtype=torch.float64), tiny.processor()
+    plain = Chat(model, processor, media(tiny))
+    wanted = [plain.ask(question, max_new_tokens=6).text for question in QUESTIONS]
+    with reduce(model, kv=kv):
+        chat = Chat(model, processor, media(tiny))
+        for turn, question in enumerate(QUESTIONS):
+            before = chat.cache
+            with counting(model.language_model) as llm:
+                answer = chat.ask(question, max_new_tokens=6)
+            assert isinstance(chat.cache, KVCache) and chat.cache.get_seq_length() == len(chat.cached_ids)
+            assert chat.cache.layers[0].store.packed == (0 if kv == "dense" else (len(chat.cached_ids) - 8) // 8 * 8)
+            if turn:
+                assert chat.cache is before and llm[0]["inputs_embeds"].shape[1] < answer.prompt_tokens / 2
+            if kv == "dense":
+                assert answer.text == wanted[turn]
+
+
+def test_a_turn_that_needs_what_was_packed_again_begins_afresh(tiny: Any) -> None:
+    model, processor = tiny.model(dtype=torch.float64), tiny.processor()
+    with reduce(model, kv="int4:group=8,residual=8"):
+        chat, fresh = (Chat(model, processor, media(tiny)) for _ in range(2))
+        chat.ask(QUESTIONS[0], max_new_tokens=6)
+        before, chat.messages = chat.cache, []
+        assert chat.ask(QUESTIONS[1], max_new_tokens=6).text == fresh.ask(QUESTIONS[1], max_new_tokens=6).text
+        assert chat.cache is not before
 
 
 def test_what_was_encoded_within_a_reduction_is_not_asked_about_outside(tiny: Any) -> None:

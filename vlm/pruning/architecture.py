@@ -1,15 +1,13 @@
 """What pruning must know of a model: its decoder layers, its visual tokens, and what would go wrong."""
 
-import inspect
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import PreTrainedModel
+
+from ..decoder import attention_config, decoder_of
 
 # Models that were checked against brute force. Others may read visual tokens in ways that a causal decoder does not.
 KNOWN = (
@@ -49,8 +47,7 @@ class Architecture:
     @property
     def config(self) -> Any:
         """The configuration that the layers' attention reads."""
-        attention: Any = self.layers[0].self_attn
-        return attention.config
+        return attention_config(self.decoder)
 
     @classmethod
     def of(cls, model: PreTrainedModel, visual_ids: Sequence[int] | None, masked: bool) -> "Architecture":
@@ -73,34 +70,10 @@ class Architecture:
                 )
             given = [getattr(model.config, name, None) for name in TOKEN_FIELDS]
             visual_ids = tuple(dict.fromkeys(i for i in given if i is not None))
-        decoder: Any = model.get_decoder()
-        layers: Any = getattr(decoder, "layers", None)
-        fits = (
-            isinstance(layers, nn.ModuleList)
-            and hasattr(decoder, "rotary_emb")
-            and all(hasattr(layer, name) for layer in layers for name in ("self_attn", "input_layernorm"))
-            and all("position_embeddings" in inspect.signature(layer.forward).parameters for layer in layers)
-            and all(hasattr(layer.self_attn, "config") for layer in layers)
-        )
-        if not fits:
-            raise ValueError(
-                f"the decoder of model type {kind!r} ({type(decoder).__name__}) is not one of layers with rotary "
-                "positions that are given to them; accepted: decoders such as Llama's, Qwen2's, Qwen3's"
-            )
-        cache = DynamicCache(config=decoder.config)
-        odd = {type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer}
-        if odd:
-            raise ValueError(
-                f"layers of model type {kind!r} keep their states as {', '.join(sorted(odd))}; accepted: full attention"
-            )
+        decoder = decoder_of(model)
         vision = getattr(model.config, "vision_config", None)
         deepstack = len(getattr(vision, "deepstack_visual_indexes", None) or ())
-        return cls(model, decoder, layers, tuple(visual_ids or ()), deepstack)
-
-    def attention_function(self, module: nn.Module, name: str) -> Callable[..., Any]:
-        """The attention function of that name, as the module would find it."""
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)  # type: ignore[arg-type]
+        return cls(model, decoder, decoder.layers, tuple(visual_ids or ()), deepstack)
 
     def check_stage(self, layer: int, method: Any) -> None:
         """Raises ValueError where a method acts at a layer that can't read fewer tokens than the one before."""

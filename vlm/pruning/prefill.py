@@ -12,6 +12,9 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..cache.layer import KVLayer
+from ..cache.split import SplitLayer
+from ..decoder import attention_function
 from .architecture import Architecture
 from .base import Prefill, Pruner, Selection, Sight, Stage
 from .scores import RaterAttention
@@ -80,7 +83,8 @@ class PrefillPass:
         self.positions: torch.Tensor | None = None  # [..., batch, columns], as the decoder's RoPE takes them
         self.rotary: tuple[torch.Tensor, torch.Tensor] | None = None  # cos and sin, once columns were dropped
         self.raters: dict[int, list[torch.Tensor]] = {}  # by the id of the method: each sample's rating text tokens
-        self.seen: tuple[torch.Tensor, torch.Tensor, float] | None = None  # q, k, scaling of the layer that rates
+        # Of the layer that rates: q, k, scaling, and which cached columns are no holes, [batch, 1 | heads, past].
+        self.seen: tuple[torch.Tensor, torch.Tensor, float, torch.Tensor] | None = None
         self.slots_after: dict[tuple[int, int, int], tuple[torch.Tensor, ...]] = {}
         self.masks: dict[int, Any] = {}
         self.hooks: list[Any] = []
@@ -96,7 +100,8 @@ class PrefillPass:
         for index in range(len(layers) if first is None else first, len(layers)):
             if type(layers[index]) is DynamicLayer:
                 layers[index] = SlotLayer.from_dynamic(layers[index], self.valid_past.to(self.device))
-            layers[index].padded |= self.padded
+            if isinstance(layers[index], SlotLayer):
+                layers[index].padded |= self.padded
 
     def install(self) -> None:
         decoder: Any = self.architecture.decoder
@@ -134,13 +139,19 @@ class PrefillPass:
             if kwargs.get("position_ids") is not None:  # flash attention alone reads them, to find packed documents
                 kwargs["position_ids"] = torch.arange(hidden.shape[1], device=hidden.device)[None]
         kept: Any = self.cache.layers[index]
-        if isinstance(kept, SlotLayer):
+        if isinstance(kept, KVLayer | SplitLayer):
+            if self.rotary is not None:  # columns were dropped; it makes its own masks
+                kept.expect(torch.where(self.stream.slots < 0, -1, self.stream.slots + self.past), self.tokens)
+        elif isinstance(kept, SlotLayer):
             slots = self._slots_after(kept)
             kwargs["attention_mask"] = self._mask(kept, slots, hidden)
             if self.tokens > 1:
                 kept.expect(slots, self.tokens, kept.has_holes or self.stream.has_holes)
         if self.todo and self.todo[0][0] == index + 1 and self.todo[0][2].scored_by == "previous":
-            self._show_attention(stop=False)
+            if isinstance(kept, KVLayer):
+                kept.show = self._note
+            else:
+                self._show_attention(index, stop=False)
         return (hidden, *args[1:]), kwargs
 
     # What is left, for the layer to come.
@@ -202,13 +213,12 @@ class PrefillPass:
         rotary = (rotary[0].to(hidden.device), rotary[1].to(hidden.device))
         if method.scored_by == "own":
             self._probe(index, hidden, rotary)
-        layer = index if method.scored_by == "own" else index - 1
         selections: list[Selection | None] = []
         for sample, row in enumerate(self.stream.rows):
             if not len(row.visual):
                 selections.append(None)
                 continue
-            attention = None if method.scored_by == "nothing" else self._attention(method, sample, layer, rotary)
+            attention = None if method.scored_by == "nothing" else self._attention(method, sample, rotary)
             sight = Sight(self.totals[sample], hidden[sample], row.visual, attention, self.generators[id(method)])
             selections.append(method.select(stage, sight))
         self.seen = None
@@ -249,21 +259,17 @@ class PrefillPass:
 
     # Attention.
 
-    def _attention(
-        self, method: Pruner, sample: int, layer: int, rotary: tuple[torch.Tensor, torch.Tensor]
-    ) -> RaterAttention:
+    def _attention(self, method: Pruner, sample: int, rotary: tuple[torch.Tensor, torch.Tensor]) -> RaterAttention:
         """The sample's raters and keys of the layer that was seen."""
         assert self.seen is not None
-        q, k, scaling = self.seen
+        q, k, scaling, real = self.seen
         row, columns = self.stream.rows[sample], self.stream.slots.shape[1]
         begin, past = columns - len(row), k.shape[2] - columns  # holes are at the left, keys of the cache before
         keys = k[sample, :, past + begin :]
         if past:
-            before = k[sample, :, :past]
-            held = self.cache.layers[layer]
-            real = held.all_slots()[sample, :past] >= 0 if isinstance(held, SlotLayer) else self.valid_past[sample]
-            if not bool(real.all()):
-                before = before[:, real.to(k.device)]
+            before, there = k[sample, :, :past], real[sample].to(k.device)
+            if not bool(there.all()):  # heads may have kept different tokens, as many each
+                before = before[there.expand(len(before), -1)].view(len(before), -1, before.shape[2])
             keys, past = torch.cat([before, keys], dim=1), before.shape[1]
         if id(method) in self.raters:
             raters = row.text[self.raters[id(method)][sample]]
@@ -285,7 +291,7 @@ class PrefillPass:
         layer: Any = self.architecture.layers[index]
         device = next(layer.parameters()).device
         device = hidden.device if device.type == "meta" else device  # offloaded weights come where the states are
-        self._show_attention(stop=True)
+        self._show_attention(index, stop=True)
         with suppress(_Seen):
             layer.self_attn(
                 hidden_states=layer.input_layernorm(hidden.to(device)),
@@ -294,11 +300,11 @@ class PrefillPass:
                 past_key_values=_Peek(self.cache, index),
             )
 
-    def _show_attention(self, stop: bool) -> None:
+    def _show_attention(self, index: int, stop: bool) -> None:
         """Until it is called once, the model's attention function is `_see`."""
         config = self.architecture.config
         self.hidden_name = config._attn_implementation
-        ALL_ATTENTION_FUNCTIONS[SCORES] = partial(self._see, stop)
+        ALL_ATTENTION_FUNCTIONS[SCORES] = partial(self._see, index, stop)
         config._attn_implementation = SCORES
 
     def _hide_attention(self) -> None:
@@ -309,6 +315,7 @@ class PrefillPass:
 
     def _see(
         self,
+        index: int,
         stop: bool,
         module: Any,
         query: torch.Tensor,
@@ -320,11 +327,22 @@ class PrefillPass:
         """An attention function that notes what it sees, and with `stop` goes no further."""
         self._hide_attention()  # first: flash attention looks at the name
         scaling = kwargs.get("scaling")
-        self.seen = (query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
+        held: Any = self.cache.layers[index]
+        if isinstance(held, SlotLayer | KVLayer) and held.get_seq_length():
+            slots = held.all_slots()
+        else:
+            slots = torch.where(self.valid_past, 0, -1)
+        self._note(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling, slots)
         if stop:
             raise _Seen
-        function = self.architecture.attention_function(module, self.architecture.config._attn_implementation)
+        function = attention_function(module, self.architecture.config._attn_implementation)
         return function(module, query, key, value, mask, **kwargs)
+
+    def _note(self, query: torch.Tensor, keys: torch.Tensor, scaling: float, slots: torch.Tensor) -> None:
+        """Keeps what a layer's attention works on; slots [batch, (heads,) columns], those of the pass may follow."""
+        past = keys.shape[2] - self.stream.slots.shape[1]
+        real = (slots if slots.ndim == 3 else slots[:, None])[:, :, :past] >= 0
+        self.seen = (query, keys, scaling, real)
 
 
 class _Seen(Exception):
@@ -341,7 +359,8 @@ class _Peek:
         self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.layer.get_seq_length():
-            keys = torch.cat([self.layer.keys, keys], dim=2)
+            held = self.layer.store.dense()[0] if isinstance(self.layer, KVLayer) else self.layer.keys
+            keys = torch.cat([held, keys], dim=2)
         return keys, values
 
 

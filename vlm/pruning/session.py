@@ -20,6 +20,8 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from ..cache.cache import Held, KVCache
+from ..cache.parse import KVSpec, parse_kv
 from . import towers, videos
 from .architecture import Architecture
 from .base import Prefill, Pruner
@@ -31,15 +33,18 @@ from .slots import SlotLayer
 def reduce(
     model: PreTrainedModel,
     *methods: Any,
+    kv: KVSpec | str | None = None,
     visual_token_ids: Sequence[int] | None = None,
     visual_mask: torch.Tensor | None = None,
 ) -> "Reduction":
-    """Makes a model drop visual tokens, in a `with` block, by one or several methods at once.
+    """Makes a model drop visual tokens, or keep a smaller KV cache, or both, in a `with` block.
 
     Args:
         model: Foveate's own, or a transformers VLM: Llava, LlavaNext, LlavaOnevision, Qwen2-VL, Qwen2.5-VL, Qwen3-VL,
             InternVL, SmolVLM, Idefics3; with `visual_token_ids` or `visual_mask` any whose decoder is causal.
-        methods: such as `FastV(layer=2, keep=0.5)`.
+        methods: such as `FastV(layer=2, keep=0.5)`; one or several at once, or none where `kv` is given.
+        kv: how keys and values are kept, such as "snapkv:keep=0.25+int4" (see `KVCache`), of every sequence that begins
+            without a KV cache of its own; a DynamicCache when None. With `kv` alone LLMs are accepted, too.
         visual_token_ids: ids that stand for visual tokens; those of the model's configuration when None.
         visual_mask: bool [batch, tokens], instead of ids: which tokens of a first prefill are visual. For
             `inputs_embeds`.
@@ -50,12 +55,20 @@ def reduce(
     Raises:
         ValueError: a method can't work on this model.
     """
-    return Reduction(model, methods, visual_token_ids, visual_mask)
+    return Reduction(model, methods, kv, visual_token_ids, visual_mask)
 
 
 def is_reduced(model: PreTrainedModel) -> bool:
     """Whether a reduction of the model is open."""
-    return getattr(model, "_foveate_reduced", False)
+    return getattr(model, "_foveate_reduction", None) is not None
+
+
+def new_cache(model: PreTrainedModel) -> Cache:
+    """A KV cache for a new sequence: of the reduction that is open, or a DynamicCache."""
+    reduction: Reduction | None = getattr(model, "_foveate_reduction", None)
+    if reduction is None:
+        return DynamicCache(config=model.get_decoder().config)
+    return reduction.new_cache()
 
 
 class Reduction:
@@ -63,22 +76,28 @@ class Reduction:
 
     Attributes:
         methods: what drops tokens.
+        kv: how keys and values are kept; None: as a DynamicCache does.
         prefills: what each prefill processed that read visual tokens, in order.
+        held: what the KV cache held after each `generate`, where `kv` was given.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         methods: Sequence[Any],
+        kv: KVSpec | str | None = None,
         visual_token_ids: Sequence[int] | None = None,
         visual_mask: torch.Tensor | None = None,
     ):
-        if not methods:
-            raise ValueError("no method was given; accepted: one or more, such as FastV(layer=2, keep=0.5)")
+        if not methods and kv is None:
+            raise ValueError("no method was given; accepted: one or more, such as FastV(layer=2, keep=0.5), or kv=")
         self.methods = tuple(methods)
-        self.architecture = Architecture.of(model, visual_token_ids, visual_mask is not None)
+        self.kv = parse_kv(kv) if isinstance(kv, str) else kv
+        sees = bool(methods) or (self.kv is not None and self.kv.needs_visual)
+        self.architecture = Architecture.of(model, visual_token_ids if sees else (), visual_mask is not None)
         self.visual_mask = visual_mask
         self.prefills: list[Prefill] = []
+        self.held: list[Held] = []
         self.before_llm = [method for method in methods if method.family != "llm"]
         if len(self.before_llm) > 1:
             names = ", ".join(type(method).__name__ for method in self.before_llm)
@@ -96,6 +115,14 @@ class Reduction:
         layers = [layer for layer, *_ in self.stages]
         if len(set(layers)) < len(layers):
             raise ValueError(f"two methods drop tokens before the same layer, of {layers}; accepted: different layers")
+        if self.kv is not None:
+            self.new_cache()  # refuses what it can't work for
+            scored = [type(method).__name__ for *_, method in self.stages if method.scored_by != "nothing"]
+            if self.kv.duo is not None and scored:
+                raise ValueError(
+                    f"{scored[0]} scores by attention over all keys, of which duo's streaming heads keep few; accepted "
+                    "with duo: methods before the LLM, Random"
+                )
         self.generators: dict[int, torch.Generator] = {}
         self._open: ExitStack | None = None
         self._visual: torch.Tensor | None = None  # [batch, tokens] of the forward pass that runs
@@ -107,10 +134,11 @@ class Reduction:
             raise RuntimeError("this model is in use by a reduction already; accepted: several methods in one `reduce`")
         self._refuse_attention()
         self.prefills.clear()
+        self.held.clear()
         for method in self.methods:
             self.generators[id(method)] = torch.Generator().manual_seed(getattr(method, "seed", 0))
         with ExitStack() as stack:
-            stack.enter_context(replaced(model, _foveate_reduced=True))
+            stack.enter_context(replaced(model, _foveate_reduction=self))
             for method in self.before_llm:
                 stack.enter_context(self._attach(method))
             if hasattr(model, "generate"):
@@ -133,6 +161,12 @@ class Reduction:
         assert opened is not None
         opened.close()
 
+    def new_cache(self) -> Cache:
+        """A KV cache for a new sequence."""
+        if self.kv is None:
+            return DynamicCache(config=self.architecture.config)
+        return KVCache(self.architecture.model, self.kv)
+
     def _attach(self, method: Any) -> AbstractContextManager[None]:
         attach = towers.attach if method.family == "tower" else videos.attach
         return attach(self.architecture.model, method)
@@ -145,30 +179,39 @@ class Reduction:
             return kwargs[name] if name in kwargs else getattr(config, name, None)
 
         _refuse(asked("use_cache"), kwargs.get("past_key_values"))
-        if asked("prefill_chunk_size") is not None:
+        if self.methods and asked("prefill_chunk_size") is not None:
             raise ValueError(
-                f"prefill_chunk_size is {asked('prefill_chunk_size')}; accepted while visual tokens are dropped: None, "
+                f"prefill_chunk_size is {asked('prefill_chunk_size')}; accepted within foveate.reduce: None, "
                 "as the end of the prompt tells which are needed"
             )
         if asked("cache_implementation") not in (None, "dynamic", "dynamic_full", "offloaded"):
             raise ValueError(
-                f"cache_implementation is {asked('cache_implementation')!r}; accepted while visual tokens are dropped: "
+                f"cache_implementation is {asked('cache_implementation')!r}; accepted within foveate.reduce: "
                 "None, 'dynamic', 'offloaded'"
             )
-        return generate(*args, **kwargs)
+        if self.kv is not None and kwargs.get("past_key_values") is None:
+            if asked("cache_implementation") is not None:
+                raise ValueError(
+                    f"cache_implementation is {asked('cache_implementation')!r}; accepted where kv is given: None"
+                )
+            kwargs["past_key_values"] = self.new_cache()
+        made = generate(*args, **kwargs)
+        if isinstance(kwargs.get("past_key_values"), KVCache):
+            self.held.append(kwargs["past_key_values"].held())
+        return made
 
     def _refuse_attention(self) -> None:
         if self.architecture.config._attn_implementation == "flex_attention":
             raise ValueError(
-                "attn_implementation is 'flex_attention', whose block masks can't be shortened; accepted while visual "
-                "tokens are dropped: sdpa, eager, flash attention"
+                "attn_implementation is 'flex_attention', whose block masks can't be shortened; accepted within "
+                "foveate.reduce: sdpa, eager, flash attention"
             )
 
     def _before_model(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Notes which tokens are visual."""
         self._end()
         if kwargs.get("labels") is not None:
-            raise ValueError("labels were given; accepted while visual tokens are dropped: None, for inference alone")
+            raise ValueError("labels were given; accepted within foveate.reduce: None, for inference alone")
         cache = kwargs.get("past_key_values")
         _refuse(kwargs.get("use_cache"), cache)
         ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
@@ -196,7 +239,7 @@ class Reduction:
             return None
         self._refuse_attention()
         if cache is None:
-            cache = kwargs["past_key_values"] = DynamicCache(config=self.architecture.config)
+            cache = kwargs["past_key_values"] = self.new_cache()
         visual = self._visual
         if visual is None:
             visual = torch.zeros(given.shape[:2], dtype=torch.bool)
@@ -204,6 +247,10 @@ class Reduction:
             raise ValueError(
                 f"{tuple(visual.shape)} tokens were given to the model, {tuple(given.shape[:2])} to its LLM"
             )
+        if isinstance(cache, KVCache):
+            cache.see(visual.to(given.device))
+        if not self.methods:
+            return args, kwargs
         first = any(method.reindex for method in self.before_llm) if self.before_llm else None
         self._pass = PrefillPass(
             self.architecture, self.stages, first, self.generators, cache, visual.to(given.device),
@@ -236,13 +283,13 @@ class Reduction:
 def _refuse(use_cache: bool | None, cache: Any) -> None:
     """Raises ValueError where there is no KV cache whose layers can hold different numbers of tokens."""
     if use_cache is False:
-        raise ValueError("use_cache is False; accepted while visual tokens are dropped: True")
+        raise ValueError("use_cache is False; accepted within foveate.reduce: True")
     layers = getattr(cache, "layers", ())
     odd = {type(layer).__name__ for layer in layers if type(layer) not in (DynamicLayer, SlotLayer)}
-    if cache is not None and (odd or not isinstance(cache, Cache)):
+    if cache is not None and not isinstance(cache, KVCache) and (odd or not isinstance(cache, Cache)):
         raise ValueError(
-            f"past_key_values is a {type(cache).__name__} of {', '.join(sorted(odd)) or 'no layers'}; accepted while "
-            "visual tokens are dropped: DynamicCache"
+            f"past_key_values is a {type(cache).__name__} of {', '.join(sorted(odd)) or 'no layers'}; accepted within "
+            "foveate.reduce: DynamicCache, foveate.KVCache"
         )
 
 

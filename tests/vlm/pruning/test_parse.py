@@ -1,12 +1,12 @@
 """Methods as text."""
 
 from dataclasses import FrozenInstanceError, fields
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
-from foveate.vlm.pruning import parse
 from foveate.vlm.pruning.parse import METHODS, method_text, parse_method
+from foveate.vlm.spec import accepted
 
 
 @pytest.mark.parametrize(
@@ -77,5 +77,5 @@ def test_what_is_no_method_says_what_is_accepted(text: str, said: str) -> None:
 
 def test_every_kind_of_field_has_words() -> None:
     for method in METHODS.values():
-        hints = parse.get_type_hints(method)
-        assert all(parse._accepted(hints[field.name]) for field in fields(method))
+        hints = get_type_hints(method)
+        assert all(accepted(hints[field.name]) for field in fields(method))

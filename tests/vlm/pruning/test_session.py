@@ -278,7 +278,7 @@ def nothing_runs(model: Any) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
-        ({"use_cache": False}, "use_cache is False; accepted while visual tokens are dropped: True"),
+        ({"use_cache": False}, "use_cache is False; accepted within foveate.reduce: True"),
         ({"prefill_chunk_size": 8}, "prefill_chunk_size is 8; accepted"),
         ({"cache_implementation": "static"}, "cache_implementation is 'static'; accepted"),
         ({"past_key_values": "static"}, "past_key_values is a StaticCache"),
