@@ -17,7 +17,7 @@ from .mixed import MixedConfig, attention_of_probes, check_fraction
 
 @dataclass(frozen=True)
 class AKVQConfig(MixedConfig):
-    """The text of a prompt is salient, and its pivot tokens; only these where nobody tells which tokens are visual.
+    """The text of a prompt is salient, and its pivot tokens.
 
     Attributes:
         pivots: fraction of a prompt's tokens that are pivots: those that receive most attention from the probes.
@@ -33,9 +33,12 @@ class AKVQConfig(MixedConfig):
         check_fraction(pivots=self.pivots)
 
     def rate(self, seen: Seen) -> Rating:
+        if seen.visual is None:
+            raise ValueError(
+                "nobody told which tokens are visual, as akvq-vl must know; accepted: foveate.reduce(model, kv=...), "
+                "or KVCache.see before each prompt"
+            )
         scores = attention_of_probes(seen, self.probes)
         salient = highest(scores, torch.tensor(round(self.pivots * scores.shape[2]), device=scores.device))
-        if seen.visual is not None:
-            visual = seen.visual[:, None].expand(-1, seen.slots.shape[1], -1).gather(2, seen.slots.clamp(min=0))
-            salient = salient | (~visual & (seen.slots >= 0))
-        return Rating(scores, salient)
+        visual = seen.visual[:, None].expand(-1, seen.slots.shape[1], -1).gather(2, seen.slots.clamp(min=0))
+        return Rating(scores, salient | (~visual & (seen.slots >= 0)))

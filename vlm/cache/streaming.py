@@ -79,11 +79,12 @@ class StreamingLLM(Policy):
             evicted: int64 [batch], columns that go now.
         """
         assert seen.frequencies is not None
-        memory, places = (
-            seen.memory,
-            sinks.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, : self.sink],
-        )
-        first, last = (0, self.sink) if seen.first_new else (int(places.min()), int(places.max()) + 1)
+        memory = seen.memory
+        if seen.first_new:
+            places, first, last = torch.arange(self.sink, device=sinks.device).expand(len(sinks), -1), 0, self.sink
+        else:
+            places = sinks.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, : self.sink]
+            first, last = int(places.min()), int(places.max()) + 1
         keys, values = seen.store.dense(first, last)
         index = (places - first)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
         if "sinks" not in memory:
