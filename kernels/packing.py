@@ -212,6 +212,3 @@ def _join(codes: torch.Tensor, bits: float) -> torch.Tensor:
 def _dequantise(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     wide = torch.promote_types(dtype, torch.float32)
     return codes.to(wide).mul_(scale.to(wide)).add_(zero.to(wide)).to(dtype)
-
-
-_digits = unpack_codes
