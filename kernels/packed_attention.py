@@ -1,7 +1,8 @@
-"""Attention over packed keys and values, in which the codes enter the products as they are.
+"""Attention over packed keys and values, which are never dequantised as a whole.
 
-With x ≈ zero + scale · code (`packing`), q · k = q · zero + (q ∘ scale) · code: the scale of a block of keys is folded
-into the query. And p · v = Σ p · zero + Σ (p · scale) · code: that of a value's token into its probability.
+In the kernels the codes enter the products as they are. With x ≈ zero + scale · code (`packing`), q · k = q · zero +
+(q ∘ scale) · code: the scale of a block of keys is folded into the query. And Σ p · v = Σ p · zero + Σ (p · scale) ·
+code: that of a value's token into its probability. The reference dequantises a block of columns at a time.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,12 +11,12 @@ from typing import Any
 
 import torch
 
-from .packing import PackedKeys, PackedValues, unpack_codes
+from .packing import PackedKeys, PackedValues, unpack_keys, unpack_values
 from .rater_attention import has_triton
 
 Packed = PackedKeys | PackedValues
 
-CODES_AT_ONCE = 1 << 18  # widened at a time (1 MiB in float32), which a core's cache holds
+NUMBERS_AT_ONCE = 1 << 18  # dequantised at a time (1 MiB in float32), which a core's cache holds
 SCORES_AT_ONCE = 1 << 22  # bounds the memory where there are many queries (16 MiB in float32)
 
 
@@ -29,7 +30,7 @@ def packed_attention(
     packed_mask: torch.Tensor | None = None,
     dense_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention over packed columns and dense ones together; neither is ever dequantised or widened whole.
+    """Softmax attention over packed columns and dense ones together.
 
     On CUDA the Triton kernel runs, where Triton is installed and it takes the inputs. On a CPU a few queries have
     products in C++, where there is a compiler (`packed_attention_cpu`). Otherwise the reference does it all.
@@ -90,9 +91,9 @@ def packed_attention_reference(
     packed_mask: torch.Tensor | None = None,
     dense_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`packed_attention` in plain torch, of every number of queries and every kind of packed states."""
+    """`packed_attention` in plain torch, for any number of queries and any packed states."""
     batch, kv_heads = keys.codes.shape[:2]
-    columns = CODES_AT_ONCE // (batch * kv_heads * query.shape[3])
+    columns = NUMBERS_AT_ONCE // (batch * kv_heads * query.shape[3])
     return blockwise_attention(
         query, keys, values, dense_keys, dense_values, scaling, packed_mask, dense_mask, _scores, _outputs, columns
     )
@@ -174,25 +175,15 @@ class _RunningSoftmax:
 
 
 def _scores(q: torch.Tensor, states: Packed) -> torch.Tensor:
-    codes, scale, zero = _floats(states, q.dtype)
-    if isinstance(states, PackedValues):  # [batch, kv_heads, tokens]
-        return (q @ codes.mT) * scale[:, :, None] + q.sum(-1, keepdim=True) * zero[:, :, None]
-    folded = q[:, :, None] * scale[:, :, :, None]  # [batch, kv_heads, blocks, rows, head_dim]
-    scores = (folded @ codes.unflatten(2, (-1, states.group)).mT).transpose(2, 3)
-    return (scores + (q @ zero.mT)[..., None]).flatten(3)  # from [batch, kv_heads, rows, blocks, group]
+    return q @ _dequantised(states, q.dtype).mT
 
 
 def _outputs(p: torch.Tensor, states: Packed) -> torch.Tensor:
-    codes, scale, zero = _floats(states, p.dtype)
-    if isinstance(states, PackedValues):
-        return (p * scale[:, :, None]) @ codes + p @ zero[..., None]
-    blocks = p.unflatten(3, (-1, states.group)).transpose(2, 3)  # [batch, kv_heads, blocks, rows, group]
-    sums = blocks @ codes.unflatten(2, (-1, states.group)) * scale[:, :, :, None]
-    return (sums + blocks.sum(-1, keepdim=True) * zero[:, :, :, None]).sum(2)
+    return p @ _dequantised(states, p.dtype)
 
 
-def _floats(states: Packed, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return unpack_codes(states).to(dtype), states.scale.to(dtype), states.zero.to(dtype)
+def _dequantised(states: Packed, dtype: torch.dtype) -> torch.Tensor:
+    return unpack_keys(states, dtype) if isinstance(states, PackedKeys) else unpack_values(states, dtype)
 
 
 def _rows(mask: torch.Tensor | None, start: int, stop: int, rows: int) -> torch.Tensor | None:

@@ -18,7 +18,7 @@ constexpr int64_t LANES = 8;
 #else
 constexpr int64_t LANES = 4;
 #endif
-constexpr int64_t VECTORS = (HEAD_DIM + LANES - 1) / LANES, PADDED = VECTORS * LANES;
+constexpr int64_t VECTORS = (HEAD_DIM + LANES - 1) / LANES;
 constexpr int64_t TILE = 32;  // tokens
 
 typedef float Vector __attribute__((vector_size(LANES * 4)));
@@ -49,7 +49,9 @@ inline void widen(const uint8_t* bytes, Vector* to) {
 inline Vector sums(Vector* parts) {
   Integers even;
   for (int64_t i = 0; i < LANES; i++) even[i] = 2 * i;
+#pragma GCC unroll 16
   for (int64_t count = LANES / 2; count; count /= 2)
+#pragma GCC unroll 16
     for (int64_t i = 0; i < count; i++) {
       const Vector a = parts[2 * i], b = parts[2 * i + 1];
       parts[i] = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
@@ -57,10 +59,20 @@ inline Vector sums(Vector* parts) {
   return parts[0];
 }
 
-// Vector v of HEAD_DIM floats.
-inline Vector load(const float* from, int64_t v) {
+inline float total(Vector x) {
+  float sum = 0;
+  for (int64_t lane = 0; lane < LANES; lane++) sum += x[lane];
+  return sum;
+}
+
+// Vector v of so many floats; zero after them.
+inline Vector load(const float* from, int64_t v, int64_t count) {
   Vector x = {};
-  std::memcpy(&x, from + v * LANES, 4 * std::min(LANES, HEAD_DIM - v * LANES));
+  const int64_t left = std::min(LANES, count - v * LANES);
+  if (left == LANES)
+    std::memcpy(&x, from + v * LANES, sizeof x);
+  else if (left > 0)
+    std::memcpy(&x, from + v * LANES, left * sizeof(float));
   return x;
 }
 
@@ -70,8 +82,8 @@ struct Shape {
 };
 
 template <int BITS>
-void scores(const Shape& s, const float* q, const uint8_t* codes, const float* scale, const float* zero, int64_t group,
-            float* out, int threads) {
+void scores(const Shape& s, const float* q, const uint8_t* codes, const float* scale, const float* zero,
+            int64_t group, float* out, int threads) {
   const int64_t blocks = s.tokens / group;
 #pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
   for (int64_t head = 0; head < s.batch * s.kv_heads; head++)
@@ -83,11 +95,11 @@ void scores(const Shape& s, const float* q, const uint8_t* codes, const float* s
       for (int64_t row = 0; row < s.rows; row++) {
         Vector products = {};
         for (int64_t v = 0; v < VECTORS; v++) {
-          const Vector x = load(q + (head * s.rows + row) * HEAD_DIM, v);
-          folded[row * VECTORS + v] = x * load(block_scale, v);
-          products += x * load(block_zero, v);
+          const Vector x = load(q + (head * s.rows + row) * HEAD_DIM, v, HEAD_DIM);
+          folded[row * VECTORS + v] = x * load(block_scale, v, HEAD_DIM);
+          products += x * load(block_zero, v, HEAD_DIM);
         }
-        for (int64_t lane = 0; lane < LANES; lane++) offset[row] += products[lane];
+        offset[row] = total(products);
       }
       const uint8_t* bytes = codes + head / s.kv_heads * s.batch_stride + head % s.kv_heads * s.head_stride;
       Vector tile[LANES][VECTORS] = {};
@@ -96,26 +108,26 @@ void scores(const Shape& s, const float* q, const uint8_t* codes, const float* s
         for (int64_t t = 0; t < tokens; t++) widen<BITS>(bytes + (first + t) * s.token_stride, tile[t]);
         for (int64_t row = 0; row < s.rows; row++) {
           Vector parts[LANES];
+#pragma GCC unroll 16
           for (int64_t t = 0; t < LANES; t++) {
             parts[t] = folded[row * VECTORS] * tile[t][0];
             for (int64_t v = 1; v < VECTORS; v++) parts[t] += folded[row * VECTORS + v] * tile[t][v];
           }
           const Vector row_scores = sums(parts) + offset[row];
-          std::copy_n(reinterpret_cast<const float*>(&row_scores), tokens, out + (head * s.rows + row) * s.tokens + first);
+          std::memcpy(out + (head * s.rows + row) * s.tokens + first, &row_scores, tokens * sizeof(float));
         }
       }
     }
 }
 
 template <int BITS>
-void outputs(const Shape& s, const float* p, const uint8_t* codes, const float* scale, const float* zero, int64_t splits,
-             float* out, int threads) {
+void outputs(const Shape& s, const float* p, const uint8_t* codes, const float* scale, const float* zero,
+             int64_t splits, float* out, int threads) {
   const int64_t heads = s.batch * s.kv_heads, each = (s.tokens + splits - 1) / splits;
 #pragma omp parallel for collapse(2) num_threads(threads) schedule(static)
   for (int64_t split = 0; split < splits; split++)
     for (int64_t head = 0; head < heads; head++) {
-      std::vector<Vector> sum(s.rows * VECTORS);
-      std::vector<float> offset(s.rows);
+      std::vector<Vector> sum(s.rows * VECTORS), offset(s.rows);
       const uint8_t* bytes = codes + head / s.kv_heads * s.batch_stride + head % s.kv_heads * s.head_stride;
       const int64_t last = std::min(s.tokens, (split + 1) * each);
       Vector tile[TILE][VECTORS] = {};
@@ -123,21 +135,23 @@ void outputs(const Shape& s, const float* p, const uint8_t* codes, const float* 
         const int64_t tokens = std::min(TILE, last - first);
         for (int64_t t = 0; t < tokens; t++) widen<BITS>(bytes + (first + t) * s.token_stride, tile[t]);
         for (int64_t row = 0; row < s.rows; row++) {
-          const float* from = p + (head * s.rows + row) * s.tokens + first;
-          Vector parts[VECTORS] = {};
-          float shift = 0;
-          for (int64_t t = 0; t < tokens; t++) {
-            shift += from[t] * zero[head * s.tokens + first + t];
-            const float weight = from[t] * scale[head * s.tokens + first + t];
-            for (int64_t v = 0; v < VECTORS; v++) parts[v] += weight * tile[t][v];
+          Vector weights[TILE / LANES];  // zero after the last token
+          for (int64_t v = 0; v < TILE / LANES; v++) {
+            const Vector x = load(p + (head * s.rows + row) * s.tokens + first, v, tokens);
+            weights[v] = x * load(scale + head * s.tokens + first, v, tokens);
+            offset[row] += x * load(zero + head * s.tokens + first, v, tokens);
           }
-          offset[row] += shift;
+          Vector parts[VECTORS] = {};
+          for (int64_t t = 0; t < TILE; t++)
+            for (int64_t v = 0; v < VECTORS; v++) parts[v] += weights[t / LANES][t % LANES] * tile[t][v];
           for (int64_t v = 0; v < VECTORS; v++) sum[row * VECTORS + v] += parts[v];
         }
       }
-      for (int64_t row = 0; row < s.rows; row++)
-        for (int64_t d = 0; d < HEAD_DIM; d++)
-          out[((split * heads + head) * s.rows + row) * HEAD_DIM + d] = sum[row * VECTORS + d / LANES][d % LANES] + offset[row];
+      for (int64_t row = 0; row < s.rows; row++) {
+        float* to = out + ((split * heads + head) * s.rows + row) * HEAD_DIM;
+        const float shift = total(offset[row]);
+        for (int64_t d = 0; d < HEAD_DIM; d++) to[d] = sum[row * VECTORS + d / LANES][d % LANES] + shift;
+      }
     }
 }
 

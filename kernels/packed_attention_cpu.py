@@ -1,6 +1,6 @@
 """The two products of packed attention in C++ on a CPU, for decoding: bytes are widened in the first-level cache.
 
-`packed_attention_cpu.cpp` is compiled for the CPU that runs it and for a head_dim when first used, which takes a
+`packed_attention_cpu.cpp` is compiled by GCC for the CPU that runs it and for a head_dim when first used, which takes a
 second, and kept in the user's cache. Torch's own operations would write every code as a float and read it again.
 """
 
@@ -17,8 +17,8 @@ import torch
 
 from .packing import PackedKeys, PackedStates, PackedValues
 
-MOST_ROWS = 64  # of a KV head; for more, widening once and a matmul is as fast
-PER_THREAD = 1 << 18  # bytes of codes times rows, so that starting a thread pays
+MOST_ROWS = 64  # of a KV head; for more, dequantising a block and a matmul is as fast
+PER_THREAD = 1 << 18  # bytes of codes times rows, for which another thread pays
 SPLITS = 4  # of the tokens, for each thread: partial outputs
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-w")
@@ -67,18 +67,9 @@ def _call(function: str, x: torch.Tensor, states: PackedStates, number: ctypes.c
     x_at, codes_at, scale_at, zero_at, out_at = (
         ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, states.codes, scale, zero, out)
     )
+    threads = max(1, min(torch.get_num_threads(), states.codes.numel() * x.shape[2] // PER_THREAD))
     run = getattr(_library(states.head_dim), function)
-    run(
-        ctypes.byref(shape),
-        int(states.bits),
-        x_at,
-        codes_at,
-        scale_at,
-        zero_at,
-        number,
-        out_at,
-        torch.get_num_threads(),
-    )
+    run(ctypes.byref(shape), int(states.bits), x_at, codes_at, scale_at, zero_at, number, out_at, threads)
 
 
 @cache

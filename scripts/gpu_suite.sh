@@ -12,6 +12,9 @@
 #          and memory, unpruned against methods inside the LLM, with 576 to 30,000 visual tokens
 #   prefill-tower  the same from pixels on, of LLaVA-1.5-7B's and NVILA-8B's shapes, with methods after the tower too
 #   encode `foveate bench encode` of SigLIP so400m: tower and projector by tiling and projector, against one tile an image
+#   decode `foveate bench decode` of Qwen2-7B's shape: 16 sequences of 32k tokens, and one of 128k
+#   kernels `foveate bench kernels` of its heads: 1, 2 and 16 sequences of 32k tokens, whole and Quest's 1/16 of the pages
+#          (transformers' QuantizedCache, flash-attn and flashinfer are measured where they are installed)
 # PYTHON names the interpreter; the package need not be installed. COMMIT says what is measured where git does not.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -19,7 +22,7 @@ python=${PYTHON:-python3}
 out=${1:?usage: scripts/gpu_suite.sh OUT [PIECE ...]}
 shift
 pieces=("$@")
-[ ${#pieces[@]} -gt 0 ] || pieces=(tests train zero encode prefill prefill-tower)
+[ ${#pieces[@]} -gt 0 ] || pieces=(tests train zero encode prefill prefill-tower decode kernels)
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 
@@ -85,8 +88,18 @@ for piece in "${pieces[@]}"; do
       bench 290 bench_prefill_tower_llava prefill --tower --shape llava-1.5-7b --visual 576,2880 "${methods[@]}" || status=1
       bench 290 bench_prefill_tower_nvila prefill --tower --shape nvila-8b --visual 605,2904 "${methods[@]}" || status=1
       ;;
+    decode)
+      bench 390 bench_decode decode --shape nvila-8b --batch 16 --context 32768 --rounds 3 || status=1
+      bench 190 bench_decode_long decode --shape nvila-8b --batch 1 --context 131072 --kv dense --kv int4 \
+        --kv quest+paged --kv quest+int4 --rounds 3 || status=1
+      ;;
+    kernels)
+      for sequences in 1 2 16; do
+        bench 190 "bench_kernels_$sequences" kernels --shape nvila-8b --batch "$sequences" --context 32768 || status=1
+      done
+      ;;
     *)
-      echo "gpu_suite: no piece '$piece'; accepted: tests, train, zero, encode, prefill, prefill-tower" >&2
+      echo "gpu_suite: no piece '$piece'; accepted: tests, train, zero, encode, prefill, prefill-tower, decode, kernels" >&2
       exit 2
       ;;
   esac

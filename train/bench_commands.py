@@ -1,4 +1,4 @@
-"""The command `foveate bench`: what media, towers, prefill, loading and training cost, each against its baseline."""
+"""The command `foveate bench`: what media, towers, prefill, decoding, loading and training cost, against baselines."""
 
 import json
 import sys
@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 app = typer.Typer(
-    help="Measure media, towers, prefill, loading and training, each against its baseline.", rich_markup_mode=None
+    help="Measure media, towers, prefill, decoding, loading and training, each against its baseline.",
+    rich_markup_mode=None,
 )
 
 
@@ -47,6 +48,8 @@ class Attention(StrEnum):
     sdpa = "sdpa"
     eager = "eager"
 
+
+QUANTIZERS = ("optimum-quanto", "hqq")  # of transformers' QuantizedCache
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print a results file instead of lines.")]
 
@@ -187,6 +190,71 @@ def prefill(
         "sdpa" if attention == Attention.auto else attention.value,
     )
     _report(bench_prefill(settings, _show), as_json, ("torch", "transformers"))
+
+
+@app.command()
+def decode(
+    shape: Annotated[Shape, typer.Option(help="Of the LLM, with random weights; the last three are for a GPU.")] = (
+        Shape.small
+    ),
+    context: Annotated[int, typer.Option(min=1, help="Tokens of each sequence before the first step.")] = 32768,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    kv: Annotated[
+        list[str] | None,
+        typer.Option(help="A KV cache, such as int4; several times for several. Default: int8, int4 and int2."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="In each of which every cache is filled, and decodes.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Of each of these turns, that are timed.")] = 8,
+    dtype: Annotated[Dtype | None, typer.Option(help="Default: float32 on a CPU, else bfloat16.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Decode steps, KV bytes and the largest context, against transformers' caches and a preallocated one."""
+    from .bench_decode import DecodeBench, bench_decode
+
+    settings = DecodeBench(
+        shape.value,
+        context,
+        batch,
+        tuple(kv) if kv else DecodeBench.kv,
+        rounds,
+        steps,
+        device,
+        dtype.value if dtype else None,
+    )
+    _report(bench_decode(settings, _show), as_json, ("torch", "transformers", *QUANTIZERS))
+
+
+@app.command()
+def kernels(
+    shape: Annotated[Shape, typer.Option(help="Whose LLM's heads count.")] = Shape.small,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of each sequence.")] = 32768,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    bits: Annotated[str, typer.Option(help="Of packed keys and values; several with commas.")] = "8,4,2",
+    group: Annotated[int, typer.Option(min=1, help="Tokens that share a scale of the keys.")] = 64,
+    residual: Annotated[int, typer.Option(min=0, help="Last tokens, that are not packed.")] = 128,
+    pages: Annotated[float, typer.Option(help="Fraction of the pages that Quest reads.")] = 1 / 16,
+    rounds: Annotated[int, typer.Option(min=1, help="In each of which everything has its turn.")] = 7,
+    dtype: Annotated[Dtype | None, typer.Option(help="Default: float32 on a CPU, else bfloat16.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Attention of a decode step alone: its time, bytes and bandwidth, dense, packed, and Quest's chosen pages."""
+    from .bench_kernels import KernelBench, bench_kernels
+
+    settings = KernelBench(
+        shape.value,
+        context,
+        batch,
+        _counts("--bits", bits),
+        group,
+        residual,
+        pages,
+        rounds,
+        device,
+        dtype.value if dtype else None,
+    )
+    _report(bench_kernels(settings, _show), as_json, ("torch", "transformers", *QUANTIZERS, "flashinfer-python"))
 
 
 def _counts(option: str, text: str) -> tuple[int, ...]:
