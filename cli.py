@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
@@ -57,6 +58,21 @@ PruneOption = Annotated[
         metavar="METHOD[:FIELD=VALUE,...]",
     ),
 ]
+KVOption = Annotated[
+    str | None,
+    typer.Option(
+        "--kv",
+        help="Keep a smaller KV cache, such as int4, streaming:sink=4,window=1024 or snapkv:keep=0.25+int4.",
+        metavar="PART[:FIELD=VALUE,...][+PART...]",
+    ),
+]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option("--weights", help="Quantise the LLM's layers on loading: w4a16, w4a16:group=64, w8a8 or w4a8."),
+]
+TowerWeightsOption = Annotated[
+    str | None, typer.Option("--tower-weights", help="Quantise the vision tower's layers on loading: w8a8.")
+]
 
 
 class ExportFormat(StrEnum):
@@ -68,6 +84,12 @@ class ExportFormat(StrEnum):
 class EvalTask(StrEnum):
     glyphs = "glyphs"
     rows = "rows"
+    needles = "needles"
+
+
+class DuoData(StrEnum):
+    passkeys = "passkeys"
+    needles = "needles"
 
 
 class Split(StrEnum):
@@ -247,6 +269,9 @@ def ask(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
     prune: PruneOption = None,
+    kv: KVOption = None,
+    weights: WeightsOption = None,
+    tower_weights: TowerWeightsOption = None,
     show: Annotated[
         Path | None, typer.Option(help="With --prune: PNG to write, the media with the tokens lit that are kept.")
     ] = None,
@@ -254,7 +279,7 @@ def ask(
 ) -> None:
     """Answer a question about images and videos; without a question, answer several about the same media.
 
-    With --prune, what was processed is told on stderr.
+    With --prune, what was processed is told on stderr; with --kv, what the KV cache holds.
     """
     paths, question = _split_question(media_and_question or [])
     if as_json and question is None:
@@ -269,22 +294,32 @@ def ask(
         raise typer.BadParameter(f"--frames {frames} and --fps {fps}: only one of them is accepted")
     if end_s is not None and end_s <= (start_s or 0):
         raise typer.BadParameter(f"--from {start_s or 0} s and --to {end_s} s: the end must be after the beginning")
-    methods = _methods(prune)
+    methods, spec, schemes = _methods(prune), _kv(kv), _schemes(weights, tower_weights)
+    from .vlm.cache.parse import kv_text
+    from .vlm.cache.report import costs
     from .vlm.chat import Chat, load_media
     from .vlm.pruning import Reduction
     from .vlm.pruning.report import cost_lines, costs_of_first
     from .vlm.pruning.show import check_places, kept_picture
 
     began = time.perf_counter()
-    loaded, processor = _load(model)
+    loaded, processor = _load(model, schemes)
     after_load = time.perf_counter()
     if show is not None:
         check_places(processor.image_tiling)
     clip: dict[str, float | None] = {"fps": fps, "start_s": start_s, "end_s": end_s}
-    reduction = Reduction(loaded, methods) if methods else None
+    reduction = Reduction(loaded, methods, spec) if methods or spec else None
 
     def write(text: str) -> None:
         print(text, end="", flush=True)
+
+    def tell(since: int = 0, none: Sequence[str] = ()) -> None:
+        """What was saved goes to stderr, as it is no answer."""
+        assert reduction is not None
+        pruned = (cost_lines(reduction, since) or none) if methods else []
+        held = costs(chat.cache).lines() if spec and chat.cache else []
+        for line in (*pruned, *held):
+            print(line, file=sys.stderr)
 
     with reduction or nullcontext():
         media = [load_media(path, frames, processor, **clip) for path in paths]
@@ -299,13 +334,13 @@ def ask(
                     print(f"foveate: {error}", end="", file=sys.stderr, flush=True)
                 print()
                 if reduction:
-                    _tell(cost_lines(reduction, told))
+                    tell(told)
             return
         answer = chat.ask(question, max_new_tokens, None if as_json else write)
     if not as_json:
         print()
         if reduction:
-            _tell(cost_lines(reduction) or ["visual tokens: none"])
+            tell(none=["visual tokens: none"])
     if reduction and show is not None:
         kept_picture(chat, reduction.prefills[0], methods).save(show, format="PNG")
     if not as_json:
@@ -317,8 +352,16 @@ def ask(
         "decode": answer.decode_s,
     }
     tokens = {"prompt": answer.prompt_tokens, "visual": answer.visual_tokens, "new": answer.new_tokens}
-    said = {"answer": answer.text, "tokens": tokens, "seconds": {k: round(v, 4) for k, v in seconds.items()}}
-    print(json.dumps(said | ({"prune": costs_of_first(reduction)} if reduction else {})))
+    said: dict[str, Any] = {
+        "answer": answer.text,
+        "tokens": tokens,
+        "seconds": {k: round(v, 4) for k, v in seconds.items()},
+    }
+    if reduction and methods:
+        said["prune"] = costs_of_first(reduction)
+    if spec and chat.cache:
+        said["kv"] = {"kv": kv_text(spec)} | costs(chat.cache).as_json()
+    print(json.dumps(said))
 
 
 @app.command("import")
@@ -362,13 +405,32 @@ def export(
             "vila: VILA's folders."
         ),
     ] = ExportFormat.code,
+    quant: Annotated[
+        str | None, typer.Option(help="Quantise the LLM's layers: w4a16, w4a16:group=64, w8a8 or w4a8.")
+    ] = None,
+    tower_quant: Annotated[str | None, typer.Option(help="Quantise the vision tower's layers: w8a8.")] = None,
 ) -> None:
-    """Write a model so that transformers loads it without this package."""
-    from .vlm.export import export as write
+    """Write a model so that transformers loads it without this package.
 
-    loaded, processor = _load(model, device="cpu")
+    With --quant or --tower-quant its weights are quantised, which only --format code takes.
+    """
+    schemes = _schemes(quant, tower_quant, "--quant", "--tower-quant")
+    if schemes and format != ExportFormat.code:
+        raise typer.BadParameter(f"--format {format.value} takes no quantised weights; accepted: --format code")
+    _check_folder(model)
+    _quiet_libraries()
+    from .vlm.checkpoints import load
+    from .vlm.export import export as write
+    from .vlm.quantised_weights import quantise, weight_bytes
+
+    loaded, processor = load(model)
+    before = weight_bytes(loaded)
+    if schemes:
+        quantise(loaded, **schemes)
     write(loaded, processor, out, format=format.value)
     print(f"{format.value} export in {out}")
+    if schemes:
+        print(f"weights {weight_bytes(loaded) / 1e6:.3g} MB of {before / 1e6:.3g} MB")
 
 
 @app.command("eval")
@@ -376,23 +438,64 @@ def evaluate(
     model: ModelArgument,
     task: Annotated[
         EvalTask,
-        typer.Option(help="glyphs: the embedded data's tasks. rows: rows of glyphs sorted, for models of `sort-row`."),
+        typer.Option(
+            help="glyphs: the embedded data's tasks. rows: rows of glyphs sorted, for models of `sort-row`. needles: "
+            "one frame of a long clip, for models of `needle`."
+        ),
     ] = EvalTask.glyphs,
     out: Annotated[
         Path | None, typer.Option(help="Folder for metrics.json and report.html. Default: only printed.")
     ] = None,
     n: Annotated[int, typer.Option(min=1, help="Questions a task.")] = 500,
     split: Annotated[Split, typer.Option(help="Whose digit images are shown; test is held out.")] = Split.test,
+    frames: Annotated[int, typer.Option(min=4, help="With --task needles: frames of each clip.")] = 64,
     prune: PruneOption = None,
+    kv: KVOption = None,
+    weights: WeightsOption = None,
+    tower_weights: TowerWeightsOption = None,
 ) -> None:
     """Measure a model's generated answers on a task, with 95 % intervals and baselines."""
-    methods = _methods(prune)
+    methods, spec, schemes = _methods(prune), _kv(kv), _schemes(weights, tower_weights)
+    from .eval.needle import evaluate_needles
     from .eval.report import evaluate_and_report
     from .eval.rows import evaluate_rows
 
-    loaded, processor = _load(model)
+    loaded, processor = _load(model, schemes)
+    if task == EvalTask.needles:
+        evaluate_needles(loaded, processor, out, n, split.value, Console(), methods, spec, frames)
+        return
     run = evaluate_rows if task == EvalTask.rows else evaluate_and_report
-    run(loaded, processor, out, n, split.value, Console(), methods)
+    run(loaded, processor, out, n, split.value, Console(), methods, spec)
+
+
+@app.command()
+def duo(
+    model: ModelArgument,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="How gates are trained, for example steps=500 window=64 lengths=500/4000.", metavar="[FIELD=VALUE]..."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="File to write, for --kv duo:heads=FILE.")] = Path("heads.json"),
+    data: Annotated[
+        DuoData, typer.Option(help="passkeys: random texts with passkeys. needles: clips, for models of `needle`.")
+    ] = DuoData.passkeys,
+) -> None:
+    """Find the KV heads that need the whole context, by DuoAttention's gates; others keep a window (--kv duo).
+
+    MODEL is one of Foveate's, or a transformers LLM or VLM such as Llama or Qwen2.
+    """
+    _check_folder(model)
+    _quiet_libraries()
+    from .train.duo import DuoSettings, identify_heads
+    from .vlm.spec import read
+
+    try:
+        chosen = read("duo:" + ",".join(settings or []), {"duo": DuoSettings}, "settings")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    identify_heads(model, out, chosen, data.value, Console())
 
 
 def _methods(texts: list[str] | None) -> list[Any]:
@@ -408,13 +511,45 @@ def _methods(texts: list[str] | None) -> list[Any]:
         raise typer.BadParameter(f"--prune: {error}") from error
 
 
-def _load(model: str, device: str | None = None) -> "tuple[FoveateForConditionalGeneration, FoveateProcessor]":
-    """Loads a model from a folder or by name."""
+def _kv(text: str | None) -> Any:
+    """How keys and values are kept, as --kv says."""
+    if text is None:
+        return None
+    _quiet_libraries()
+    from .vlm.cache.parse import parse_kv
+
+    try:
+        return parse_kv(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"--kv: {error}") from error
+
+
+def _schemes(
+    weights: str | None, tower: str | None, option: str = "--weights", tower_option: str = "--tower-weights"
+) -> dict[str, Any]:
+    """How weights are quantised, as two options say: arguments of `quantise`."""
+    given = [("weights", weights, option), ("tower_weights", tower, tower_option)]
+    if not any(text for _, text, _ in given):
+        return {}
+    _quiet_libraries()
+    from .vlm.quantised_weights import SCHEMES, TOWER_SCHEMES, parse_scheme
+
+    schemes = {}
+    for (part, text, name), accepted in zip(given, (SCHEMES, TOWER_SCHEMES), strict=True):
+        try:
+            schemes[part] = None if text is None else parse_scheme(text, accepted)
+        except ValueError as error:
+            raise typer.BadParameter(f"{name}: {error}") from error
+    return schemes
+
+
+def _load(model: str, schemes: dict[str, Any]) -> "tuple[FoveateForConditionalGeneration, FoveateProcessor]":
+    """Loads a model from a folder or by name, its weights quantised as `_schemes` says."""
     _check_folder(model)
     _quiet_libraries()
     from .vlm.chat import load_model
 
-    return load_model(model, device)
+    return load_model(model, **schemes)
 
 
 def _check_folder(model: str) -> None:
@@ -449,12 +584,6 @@ def _split_question(arguments: list[str]) -> tuple[list[str], str | None]:
     if " " not in last.strip() and Path(last).suffix:
         raise typer.BadParameter(f"{last}: no such file")
     return first, last
-
-
-def _tell(lines: list[str]) -> None:
-    """What is no answer goes to stderr."""
-    for line in lines:
-        print(line, file=sys.stderr)
 
 
 def _read_question() -> str | None:

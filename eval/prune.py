@@ -18,6 +18,7 @@ import torch
 from ..data.drawing import SPLITS
 from ..data.glyphs import Question
 from ..data.sorting import COLUMNS, ROWS, row_scene, sort_row
+from ..vlm.cache.parse import KVSpec
 from ..vlm.model import FoveateForConditionalGeneration
 from ..vlm.processor import FoveateProcessor
 from ..vlm.pruning import Prefill, Reduction, parse_method, reduce
@@ -165,16 +166,18 @@ def measure(
     seed: int,
     batch: int = 250,
     methods: Sequence[Any] | None = None,
+    kv: KVSpec | None = None,
 ) -> Measured:
     """Generates the answers in a setting and compares them with the truth.
 
     Args:
         batch: questions at a time.
         methods: that drop visual tokens; the setting's when None.
+        kv: how keys and values are kept; see `foveate.reduce`.
     """
     if methods is None:
         methods = [parse_method(setting.method)] if setting.method else []
-    reduction = reduce(model, *methods) if methods else None
+    reduction = reduce(model, *methods, kv=kv) if methods or kv else None
     said: list[str] = []
     with reduction or nullcontext():
         for start in range(0, len(items), batch):
@@ -182,8 +185,9 @@ def measure(
             said += answer(model, processor, items[start : start + batch], max_new_tokens=words + 1)
     words = len(items[0].question.answer.split())
     right = tuple(right_words(a, item.question.answer) for a, item in zip(said, items, strict=True))
-    costs = _costs(model, reduction)
-    recall = _recall(reduction.prefills, [item.question.cell or 0 for item in items]) if reduction else 1.0
+    pruned = reduction if methods else None
+    costs = _costs(model, pruned)
+    recall = _recall(pruned.prefills, [item.question.cell or 0 for item in items]) if pruned else 1.0
     tokens = float(processor.tokens_per_image())
     return Measured(setting, seed, right, words, recall, *(costs or (tokens, 1.0)))
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
+from ..vlm.cache.parse import KVSpec, kv_text
 from ..vlm.media import load_video
 from ..vlm.model import FoveateForConditionalGeneration
 from ..vlm.processor import FoveateProcessor
@@ -51,7 +52,7 @@ def evaluate_tasks(
             results[task] = evaluate(model, processor, task, n, split, after_batch=show)
         r = results[task]
         processed = ""
-        if reduction:
+        if reduction and reduction.methods:
             r.visual_tokens, r.processed_visual_tokens = mean_visual_tokens(reduction.prefills[done_before:])
             processed = f"  visual tokens {r.processed_visual_tokens:.1f} of {r.visual_tokens:.1f}"
         console.print(
@@ -70,13 +71,15 @@ def evaluate_and_report(
     split: str,
     console: Console,
     methods: Sequence[Any] = (),
+    kv: KVSpec | None = None,
 ) -> dict[str, TaskResult]:
     """`evaluate_tasks`, then `metrics.json` and `report.html` in `out`.
 
     Args:
         methods: that drop visual tokens meanwhile; see `foveate.reduce`.
+        kv: how keys and values are kept meanwhile; likewise.
     """
-    reduction = Reduction(model, methods) if methods else None
+    reduction = Reduction(model, methods, kv) if methods or kv else None
     with reduction or nullcontext():
         results = evaluate_tasks(model, processor, n, split, console, reduction)
         if out is not None:
@@ -84,10 +87,8 @@ def evaluate_and_report(
             answers = answer_each(model, processor, examples)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        prune = [method_text(method) for method in methods]
-        options = "".join(f" --prune {text}" for text in prune)
-        facts = run_facts(f"foveate eval --task glyphs --n {n} --split {split}{options}")
-        facts |= {"prune": prune} if prune else {}
+        options, told = options_of(methods, kv)
+        facts = run_facts(f"foveate eval --task glyphs --n {n} --split {split}{options}") | told
         tasks = {task: result.summary() for task, result in results.items()}
         (out / "metrics.json").write_text(json.dumps(facts | {"tasks": tasks}, indent=1))
         picture = examples_picture(examples, answers)
@@ -95,6 +96,13 @@ def evaluate_and_report(
         (out / "report.html").write_text(page)
         console.print(f"report in {out / 'report.html'}")
     return results
+
+
+def options_of(methods: Sequence[Any], kv: KVSpec | None) -> tuple[str, dict[str, Any]]:
+    """What was asked for, as options of the command, and as fields of `metrics.json`."""
+    prune = [method_text(method) for method in methods]
+    options = "".join(f" --prune {text}" for text in prune) + (f" --kv {kv_text(kv)}" if kv else "")
+    return options, ({"prune": prune} if prune else {}) | ({"kv": kv_text(kv)} if kv else {})
 
 
 def example_items(split: str) -> list[Item]:

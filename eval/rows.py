@@ -9,11 +9,12 @@ from rich.console import Console
 
 from ..data.drawing import CELL
 from ..data.sorting import COLUMNS, ROWS
+from ..vlm.cache.parse import KVSpec
 from ..vlm.model import FoveateForConditionalGeneration
 from ..vlm.processor import FoveateProcessor
-from ..vlm.pruning import method_text
 from .facts import result, run_facts
 from .prune import Measured, Setting, bootstrap_interval, exact_scores, measure, per_question, row_items, word_scores
+from .report import options_of
 
 
 def evaluate_rows(
@@ -24,6 +25,7 @@ def evaluate_rows(
     split: str,
     console: Console,
     methods: Sequence[Any] = (),
+    kv: KVSpec | None = None,
 ) -> Measured:
     """Asks for sorted rows, prints what is right, and writes `metrics.json` in `out`.
 
@@ -32,6 +34,7 @@ def evaluate_rows(
         out: None: nothing is written.
         n: questions, each about its own scene.
         methods: that drop visual tokens meanwhile; see `foveate.reduce`.
+        kv: how keys and values are kept meanwhile; likewise.
 
     Raises:
         ValueError: the model does not read one token a cell.
@@ -42,9 +45,9 @@ def evaluate_rows(
             f"the model reads {tokens} tokens of a scene of rows; accepted: {ROWS * COLUMNS}, one a cell, as "
             "models of the recipe sort-row do"
         )
-    prune = [method_text(method) for method in methods]
-    setting = Setting(" + ".join(prune) or "full", 1.0)
-    measured = measure(model, processor, row_items(n, split), setting, 0, methods=methods)
+    options, asked_for = options_of(methods, kv)
+    setting = Setting(options.strip() or "full", 1.0)
+    measured = measure(model, processor, row_items(n, split), setting, 0, methods=methods, kv=kv)
     results = []
     for name, value in (("word_accuracy", word_scores), ("exact_match", exact_scores)):
         scores = per_question([measured], value)
@@ -60,9 +63,8 @@ def evaluate_rows(
     )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        options = "".join(f" --prune {text}" for text in prune)
         facts = run_facts(f"foveate eval --task rows --n {n} --split {split}{options}")
-        content = facts | ({"prune": prune} if prune else {}) | told | {"results": results}
+        content = facts | asked_for | told | {"results": results}
         (out / "metrics.json").write_text(json.dumps(content, indent=1))
         console.print(f"metrics in {out / 'metrics.json'}")
     return measured

@@ -10,6 +10,7 @@ With packed columns all products are in float16 and sums in float32 (bfloat16 wo
 step); float32 queries are served in float32.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -45,11 +46,11 @@ def digit(words, DIGIT: tl.constexpr, BITS: tl.constexpr):
     POSITION: tl.constexpr = DIGIT * BITS - SHIFT
     MASK: tl.constexpr = (1 << BITS) - 1 << POSITION
     EXPONENT: tl.constexpr = (25 - POSITION) << 10
-    if COMPILED:  # two words in a register
-        asm: tl.constexpr = (
-            f"{{ .reg .b32 t; shr.b32 t, $1, {SHIFT}; lop3.b32 $0, t, {MASK * 0x10001}, {EXPONENT * 0x10001}, 0xEA; }}"
-        )
-        number = tl.inline_asm_elementwise(asm, "=r,r", [words], tl.float16, True, 2)
+    if COMPILED:  # two words in a register: (words >> SHIFT) & MASK | EXPONENT
+        TAKE: tl.constexpr = f"{MASK * 0x10001}, {EXPONENT * 0x10001}, 0xEA;"
+        SHIFTED: tl.constexpr = f"{{ .reg .b32 t; shr.b32 t, $1, {SHIFT}; lop3.b32 $0, t, {TAKE} }}"
+        ASSEMBLY: tl.constexpr = SHIFTED if SHIFT > 0 else f"lop3.b32 $0, $1, {TAKE}"
+        number = tl.inline_asm_elementwise(ASSEMBLY, "=r,r", [words], tl.float16, True, 2)
     else:
         number = ((words >> SHIFT) & MASK | EXPONENT).to(tl.uint16).to(tl.float16, bitcast=True)
     return number - 2.0 ** (10 - POSITION)
@@ -302,6 +303,7 @@ def packed_attention_kernel(
     packed_per_split,  # a multiple of BLOCK
     dense_per_split,
     scale,  # scaling · log2(e)
+    ALIGNED: tl.constexpr,  # words that all strides of codes are multiples of
     HEAD_DIM: tl.constexpr,
     KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
@@ -321,12 +323,15 @@ def packed_attention_kernel(
     q_ptr += batch * q_stride_batch + head * (rows // queries) * q_stride_head
     if split < packed_splits:
         first = split * packed_per_split
+        key_stride, value_stride = key_stride // ALIGNED * ALIGNED, value_stride // ALIGNED * ALIGNED
+        key_row = (batch * key_stride_batch + head * key_stride_head) // ALIGNED * ALIGNED
+        value_row = (batch * value_stride_batch + head * value_stride_head) // ALIGNED * ALIGNED
         attend_packed(
             q_ptr,
-            key_codes_ptr + batch * key_stride_batch + head * key_stride_head,
+            key_codes_ptr + key_row,
             key_scale_ptr + batch * scale_stride_batch + head * scale_stride_head,
             key_zero_ptr + batch * zero_stride_batch + head * zero_stride_head,
-            value_codes_ptr + batch * value_stride_batch + head * value_stride_head,
+            value_codes_ptr + value_row,
             value_scale_ptr + batch * value_scale_stride_batch + head * value_scale_stride_head,
             value_zero_ptr + batch * value_zero_stride_batch + head * value_zero_stride_head,
             packed_mask_ptr + batch * packed_mask_stride_batch + head * packed_mask_stride_head,
@@ -431,9 +436,8 @@ def split_sizes(
     work = packed_columns + dense_columns * ratio
     slots = programs_at_once(device)
     most = max(1, min(MOST_SPLITS, int(work * bits / 4) // SPLIT_TOKENS))
-    waves = [pairs * splits / slots for splits in range(1, most + 1)]
-    busy = [wave / -(-wave // 1) for wave in waves]  # the share of places that are taken in the last wave, and before
-    splits = 1 + next(i for i, share in enumerate(busy) if share >= 0.9 * max(busy))
+    one_wave, three_waves = slots // pairs, triton.cdiv(3 * slots, pairs)  # so that the last wave is most of a wave
+    splits = min(most, one_wave if one_wave > 1 else three_waves)
     packed_per_split = max(1, triton.cdiv(int(work), splits * block)) * block
     dense_per_split = max(1, round(packed_per_split / ratio / block)) * block
     return (
@@ -497,8 +501,9 @@ def packed_attention_triton(
         *value_zero.stride()[:2], *dense_keys.stride()[:3], *dense_values.stride()[:3], *packed_mask.stride()[:3],
         *dense_mask.stride()[:3], *pages.stride()[:2], kv_heads, rows, queries, keys.group,
         packed_columns, dense_keys.shape[2], packed_splits, packed_per_split, dense_per_split, scaling * LOG2_E,
-        HEAD_DIM=head_dim, KEY_BITS=int(keys.bits), VALUE_BITS=int(values.bits), DTYPE=dtype,
-        PACKED_MASK=packed_kind, DENSE_MASK=dense_kind, PAGED=paged, **blocks,
+        ALIGNED=math.gcd(8, *key_codes.stride()[:3], *value_codes.stride()[:3]), HEAD_DIM=head_dim,
+        KEY_BITS=int(keys.bits), VALUE_BITS=int(values.bits), DTYPE=dtype, PACKED_MASK=packed_kind,
+        DENSE_MASK=dense_kind, PAGED=paged, **blocks,
         **launch_options(blocks, int(max(keys.bits, values.bits)), query.dtype.itemsize),
     )  # fmt: skip
     return join_splits(parts, part_lse)

@@ -37,12 +37,15 @@ COMMANDS = {
         "--max-visual-tokens",
         "--max-new-tokens",
         "--prune",
+        "--kv",
+        "--weights",
+        "--tower-weights",
         "--show",
         "--json",
     ],
     "import": ["SOURCE", "OUT", "--dtype"],
-    "export": ["MODEL", "OUT", "--format", "code", "stock", "vila"],
-    "eval": ["MODEL", "--task", "glyphs", "--out", "--n", "--split", "--prune"],
+    "export": ["MODEL", "OUT", "--format", "code", "stock", "vila", "--quant", "--tower-quant"],
+    "eval": ["MODEL", "--task", "glyphs", "--out", "--n", "--split", "--prune", "--kv", "--weights", "--tower-weights"],
 }
 FOVEATE = str(Path(sys.executable).with_name("foveate"))
 

@@ -31,6 +31,7 @@ from .config import FoveateConfig
 from .export import written_whole
 from .model import FoveateForConditionalGeneration
 from .processor import FoveateProcessor, model_fields
+from .quantised_weights import check_readable
 from .stock import ExportError, add_to_json, check_head, shapes
 
 # Tokens that a tower puts before its patches, where it has no registers
@@ -55,6 +56,7 @@ def load(
 
     Raises:
         CheckpointError: it is none of these, or its topology isn't ours.
+        QuantisationError: its weights are quantised in a way that is not read here.
         OSError: nothing is there.
     """
     from .vila import from_vila, is_vila
@@ -69,7 +71,8 @@ def load(
         raise CheckpointError(
             f"{source} holds a {type(processor).__name__}; accepted: a model that Foveate trained or exported"
         )
-    model: Any = FoveateForConditionalGeneration.from_pretrained(source, dtype=dtype)
+    check_readable(config)
+    model: Any = FoveateForConditionalGeneration.from_pretrained(source, dtype=dtype, use_safetensors=True)
     return model.eval(), processor
 
 

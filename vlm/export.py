@@ -20,6 +20,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from .model import FoveateForConditionalGeneration
 from .processor import FoveateProcessor
+from .quantised_weights import is_quantised
 from .stock import ExportError, Media, add_to_json, stock_pixels, stock_twin
 
 MODEL_AUTO_MAP = {
@@ -41,7 +42,7 @@ def export(
     """Writes model and processor as a directory that transformers loads without this package.
 
     Args:
-        model: any model of ours; it is not changed.
+        model: any model of ours; it is not changed. Quantised ones (`quantised_weights.py`) fit format `code` alone.
         processor: the one that it was trained with.
         out: a directory that is made; it must not exist, or be empty.
         format: `code` (see `export_with_code`), `stock` (see `export_stock`) or `vila` (see `to_vila`).
@@ -54,6 +55,14 @@ def export(
     writers = {"code": export_with_code, "stock": export_stock, "vila": to_vila}
     if format not in writers:
         raise ExportError(f"format is {format!r}; accepted: {', '.join(writers)}")
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantizer.pre_quantized:
+        raise ExportError(
+            "the model was loaded with quantised weights, which transformers can't write again; accepted: a model in "
+            "floating point, or a copy of the folder"
+        )
+    if format != "code" and is_quantised(model.config):
+        raise ExportError(f"the model's weights are quantised; accepted by format {format!r}: floating point")
     writers[format](model, processor, out)
 
 

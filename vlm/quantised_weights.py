@@ -14,6 +14,7 @@ ones are saved row by row, for any device; `use_kernels` lays them out for the o
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -160,28 +161,31 @@ def weight_bytes(model: nn.Module) -> int:
 def use_kernels(model: nn.Module) -> None:
     """Lays 4-bit weights out for the device that they are on; call it once the model is there. Others stay.
 
-    On a CPU and on CUDA without mslk these are PyTorch's own kernels (w4a8 rounds activations to fp8 and computes in
-    the model's dtype), on CUDA with mslk torchao's.
+    With mslk on CUDA, models in bfloat16 run on torchao's kernels. Elsewhere it is PyTorch's own for 4-bit weights,
+    whose activations are bfloat16 whatever the model's dtype is; those of w4a8 are rounded to fp8 before.
 
     Raises:
-        QuantisationError: the device or the dtype has no kernel.
+        QuantisationError: the device has no kernel.
     """
     for linear in model.modules():
         if not isinstance(linear, nn.Linear) or not _is_four_bits(linear.weight):
             continue
         weight: Any = linear.weight
-        laid_out = _laid_out(weight)
-        if laid_out is weight:
+        if weight.device.type == "cuda" and weight.dtype == torch.bfloat16 and _has_mslk():
             continue
-        linear.weight = nn.Parameter(laid_out, requires_grad=False)
-        if weight.activation_dtype == torch.float8_e4m3fn:
-            linear.register_forward_pre_hook(lambda _, inputs: (round_to_fp8(inputs[0]), *inputs[1:]))
+        fp8 = weight.activation_dtype == torch.float8_e4m3fn
+        linear.weight = nn.Parameter(_laid_out(weight), requires_grad=False)
+        linear.forward = partial(_four_bit_linear, linear, fp8)  # type: ignore[method-assign]
 
 
-def round_to_fp8(x: torch.Tensor) -> torch.Tensor:
-    """[..., channels] rounded to e4m3 with a scale a token, in its own dtype."""
-    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / FP8_MAX
-    return ((x / scale).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
+def _four_bit_linear(linear: nn.Linear, fp8: bool, x: torch.Tensor) -> torch.Tensor:
+    """A linear layer on [..., in] in any dtype, by a kernel whose activations are bfloat16."""
+    if not fp8:
+        return functional.linear(x.bfloat16(), linear.weight, linear.bias).to(x.dtype)
+    steps = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / FP8_MAX
+    read = (x / steps).to(torch.float8_e4m3fn).bfloat16()  # exact
+    product = functional.linear(read, linear.weight).float() * steps
+    return (product if linear.bias is None else product + linear.bias).to(x.dtype)
 
 
 # What is quantised
@@ -232,7 +236,7 @@ def _pattern(name: str) -> str:
 def _four_bits(weight: torch.Tensor, scheme: Scheme) -> Any:
     """torchao's `Int4Tensor` of [out, in]: two codes a byte, the even column's in the low bits.
 
-    Scale and offset are rounded to the weight's dtype first, and the codes made with what that gave.
+    Scale and offset are rounded to bfloat16 first, which kernels take, and the codes made with what that gave.
     """
     rows, columns = weight.shape
     grouped = weight.float().unflatten(1, (-1, scheme.group))  # [out, groups, group]
@@ -242,13 +246,13 @@ def _four_bits(weight: torch.Tensor, scheme: Scheme) -> Any:
         low, high = grouped.aminmax(dim=-1)
         scale = (high - low) / 15
         zero = low + 8 * scale
-    scale, zero = scale.clamp(min=1e-8).to(weight.dtype), zero.to(weight.dtype)
+    scale, zero = scale.clamp(min=1e-8).bfloat16(), zero.bfloat16()
     codes = ((grouped - zero.float()[..., None]) / scale.float()[..., None]).round().clamp(-8, 7)
     codes = codes.to(torch.int8).view(rows, columns)
     return _torchao().Int4Tensor(
         qdata=(codes[:, ::2] & 0xF) | (codes[:, 1::2] << 4),
-        scale=scale.t().contiguous(),  # [groups, out]
-        zero_point=zero.t().contiguous(),
+        scale=scale.to(weight.dtype).t().contiguous(),  # [groups, out]
+        zero_point=zero.to(weight.dtype).t().contiguous(),
         block_size=[1, scheme.group],
         shape=weight.shape,
         activation_dtype=torch.float8_e4m3fn if scheme.name == "w4a8" else torch.bfloat16,
@@ -262,14 +266,11 @@ def _codes(weight: Any) -> torch.Tensor:
 
 
 def _laid_out(weight: Any) -> Any:
-    """An `Int4Tensor` as its device's kernel takes it."""
-    if weight.device.type == "cpu":
-        return _for_cpu(weight)
-    if weight.device.type != "cuda" or weight.dtype != torch.bfloat16:
-        raise QuantisationError(
-            f"4-bit weights of a model in {weight.dtype} are on {weight.device}; accepted: bfloat16 on CUDA, or a CPU"
-        )
-    return weight if _has_mslk() else _for_tinygemm(weight)
+    """An `Int4Tensor` as PyTorch's kernel on its device takes it."""
+    kernels = {"cpu": _for_cpu, "cuda": _for_tinygemm}
+    if weight.device.type not in kernels:
+        raise QuantisationError(f"4-bit weights are on {weight.device}; accepted: {' or '.join(kernels)}")
+    return kernels[weight.device.type](weight)
 
 
 def _for_cpu(weight: Any) -> Any:
@@ -293,7 +294,7 @@ def _padded(weight: Any, rows: int, columns: int) -> tuple[torch.Tensor, torch.T
     """Codes 0 … 15, int32 [out, in], scales and offsets [groups, out, 2]; zeros up to multiples of the sides."""
     below, right = -weight.shape[0] % rows, -weight.shape[1] % columns
     codes = functional.pad((_codes(weight) + 8).int(), (0, right, 0, below))
-    scale_and_zero = torch.stack((weight.scale, weight.zero_point), -1)
+    scale_and_zero = torch.stack((weight.scale, weight.zero_point), -1).bfloat16()
     return codes, functional.pad(scale_and_zero, (0, 0, 0, below, 0, right // weight.block_size[1])).contiguous()
 
 
