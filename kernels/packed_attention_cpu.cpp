@@ -19,7 +19,8 @@ constexpr int64_t LANES = 8;
 constexpr int64_t LANES = 4;
 #endif
 constexpr int64_t VECTORS = (HEAD_DIM + LANES - 1) / LANES;
-constexpr int64_t TILE = 32;  // tokens
+constexpr int64_t TILE = 32;   // tokens
+constexpr int64_t AHEAD = 64;  // tokens whose bytes are fetched before they are needed
 
 typedef float Vector __attribute__((vector_size(LANES * 4)));
 typedef int32_t Integers __attribute__((vector_size(LANES * 4)));
@@ -28,10 +29,10 @@ typedef uint8_t Bytes __attribute__((vector_size(LANES), aligned(1), may_alias))
 
 // One token's codes as floats: byte j holds channels j, j + width, j + 2 · width ... from the lowest bits up.
 template <int BITS>
-inline void widen(const uint8_t* bytes, Vector* to) {
+inline void widen(const uint8_t* bytes, int64_t token_stride, Vector* to) {
   constexpr int64_t WIDTH = HEAD_DIM * BITS / 8;
   constexpr int32_t TOP = (1 << BITS) - 1;
-  float* codes = reinterpret_cast<float*>(to);
+  __builtin_prefetch(bytes + AHEAD * token_stride);
   if constexpr (WIDTH % LANES == 0) {
     for (int64_t j = 0; j < WIDTH / LANES; j++) {
       const Bytes narrow = reinterpret_cast<const Bytes*>(bytes)[j];
@@ -40,6 +41,7 @@ inline void widen(const uint8_t* bytes, Vector* to) {
         to[digit * (WIDTH / LANES) + j] = __builtin_convertvector(wide >> BITS * digit & TOP, Vector);
     }
   } else {
+    float* codes = reinterpret_cast<float*>(to);
     for (int digit = 0; digit < 8 / BITS; digit++)
       for (int64_t j = 0; j < WIDTH; j++) codes[digit * WIDTH + j] = bytes[j] >> BITS * digit & TOP;
   }
@@ -105,7 +107,7 @@ void scores(const Shape& s, const float* q, const uint8_t* codes, const float* s
       Vector tile[LANES][VECTORS] = {};
       for (int64_t first = block * group; first < (block + 1) * group; first += LANES) {
         const int64_t tokens = std::min(LANES, (block + 1) * group - first);
-        for (int64_t t = 0; t < tokens; t++) widen<BITS>(bytes + (first + t) * s.token_stride, tile[t]);
+        for (int64_t t = 0; t < tokens; t++) widen<BITS>(bytes + (first + t) * s.token_stride, s.token_stride, tile[t]);
         for (int64_t row = 0; row < s.rows; row++) {
           Vector parts[LANES];
 #pragma GCC unroll 16
@@ -133,7 +135,7 @@ void outputs(const Shape& s, const float* p, const uint8_t* codes, const float* 
       Vector tile[TILE][VECTORS] = {};
       for (int64_t first = split * each; first < last; first += TILE) {
         const int64_t tokens = std::min(TILE, last - first);
-        for (int64_t t = 0; t < tokens; t++) widen<BITS>(bytes + (first + t) * s.token_stride, tile[t]);
+        for (int64_t t = 0; t < tokens; t++) widen<BITS>(bytes + (first + t) * s.token_stride, s.token_stride, tile[t]);
         for (int64_t row = 0; row < s.rows; row++) {
           Vector weights[TILE / LANES];  // zero after the last token
           for (int64_t v = 0; v < TILE / LANES; v++) {

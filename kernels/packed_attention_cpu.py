@@ -76,10 +76,10 @@ def _call(function: str, x: torch.Tensor, states: PackedStates, number: ctypes.c
 def _library(head_dim: int) -> ctypes.CDLL | None:
     """The compiled source; None where it can't be compiled, which is said once."""
     compiler = os.environ.get("CXX", "c++")
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "foveate"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "foveate"
         target = _run(compiler, *FLAGS, "-dM", "-E", "-x", "c++", os.devnull)  # compiler's version, CPU's features
-        key = hashlib.sha256(SOURCE.read_bytes() + target.encode() + str(head_dim).encode()).hexdigest()[:16]
+        key = hashlib.sha256(SOURCE.read_bytes() + repr((target, FLAGS, head_dim)).encode()).hexdigest()[:16]
         library = folder / f"packed_attention-{key}.so"
         if not library.exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def _library(head_dim: int) -> ctypes.CDLL | None:
                 _run(compiler, *FLAGS, f"-DHEAD_DIM={head_dim}", str(SOURCE), "-o", f"{made}/library.so")
                 os.replace(f"{made}/library.so", library)
         return ctypes.CDLL(str(library))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or error
         warnings.warn(f"packed attention on the CPU runs in torch, several times slower: {said}", stacklevel=2)
         return None
