@@ -110,7 +110,7 @@ def _turn(bench: DecodeBench, model: Any, cache: Any, way: str, turns: Turns) ->
     step = partial(_step, bench, model, cache)
     for _ in range(WARM_UP):
         step()
-    held = cache.held().nbytes if isinstance(cache, KVCache) else held_bytes(cache)
+    held = cache.nbytes if isinstance(cache, KVCache) else held_bytes(cache)
     before = torch.cuda.memory_allocated(model.device) if model.device.type == "cuda" else 0
     peak = peak_memory(model.device, step)
     if peak is None:

@@ -1,6 +1,6 @@
 """KV caches for inference: what keeps keys and values, what evicts some, what chooses those that are read."""
 
-from .cache import Held, KVCache
+from .cache import KVCache
 from .dense import DenseConfig
 from .h2o import H2O
 from .lookm import LookM
@@ -16,7 +16,6 @@ __all__ = [
     "H2O",
     "DenseConfig",
     "DuoAttention",
-    "Held",
     "KVCache",
     "KVSpec",
     "LookM",

@@ -1,6 +1,5 @@
 """`KVCache`: a KV cache for `generate`, kept as a text such as `snapkv:keep=0.25+int4` says."""
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,23 +9,6 @@ from transformers import Cache, PreTrainedModel
 from ..decoder import attention_config, decoder_of
 from .layer import Attention, KVLayer
 from .parse import KVSpec, parse_kv
-
-
-@dataclass(frozen=True)
-class Held:
-    """What a KV cache holds.
-
-    Attributes:
-        tokens: of the whole sequence, padding and what was dropped or evicted included.
-        columns: that each layer stores; a column is a token's key and value in each KV head.
-        nbytes: that are allocated for them.
-        dense_nbytes: that keys and values of all tokens would take, in the model's dtype.
-    """
-
-    tokens: int
-    columns: tuple[int, ...]
-    nbytes: int
-    dense_nbytes: int
 
 
 class KVCache(Cache):
@@ -65,14 +47,10 @@ class KVCache(Cache):
             return spec.duo.layer(number, self.attention, make)
         return KVLayer(number, self.attention, make, policy, spec.selector)
 
-    def held(self) -> Held:
-        """What it holds now."""
-        return Held(
-            self.get_seq_length(),
-            tuple(layer.columns for layer in self.layers),
-            sum(layer.nbytes for layer in self.layers),
-            sum(layer.dense_nbytes for layer in self.layers),
-        )
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are allocated for keys and values; `report.costs` tells more."""
+        return sum(layer.nbytes for layer in self.layers)
 
     def see(self, visual: torch.Tensor) -> None:
         """Tells which of the tokens that come next are visual, bool [batch, tokens]; `foveate.reduce` does it."""

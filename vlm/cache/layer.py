@@ -121,7 +121,6 @@ class KVLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device, self.batch = key_states.dtype, key_states.device, len(key_states)
-        self.token_bytes = (key_states[0, :, 0].numel() + value_states[0, :, 0].numel()) * key_states.element_size()
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -355,19 +354,9 @@ class KVLayer(CacheLayerMixin):
         )
 
     @property
-    def columns(self) -> int:
-        """That are stored, holes included."""
-        return self.store.columns
-
-    @property
     def nbytes(self) -> int:
         """Bytes that are allocated for keys and values."""
         return self.store.nbytes
-
-    @property
-    def dense_nbytes(self) -> int:
-        """Bytes that keys and values of all tokens would take, in the model's dtype."""
-        return self.batch * self.length * self.token_bytes if self.length else 0
 
 
 STALE = 64  # decode steps after which holes are taken out

@@ -43,7 +43,7 @@ class DuoAttention:
     def __post_init__(self) -> None:
         if self.ratio is not None and not 0 <= self.ratio <= 1:
             raise ValueError(f"ratio is {self.ratio}; accepted: 0 to 1")
-        self.streaming  # noqa: B018  # reads and checks
+        _ = self.streaming  # reads and checks the file
 
     @cached_property
     def found(self) -> dict[str, Any]:
@@ -183,16 +183,6 @@ class SplitLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         self.layers[0].prefetch()
-
-    @property
-    def columns(self) -> int:
-        """That are stored, in the head that has most."""
-        return max(layer.columns for layer in self.layers)
-
-    @property
-    def dense_nbytes(self) -> int:
-        """Bytes that keys and values of all tokens would take."""
-        return sum(layer.dense_nbytes for layer in self.layers)
 
     @property
     def nbytes(self) -> int:

@@ -20,8 +20,9 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from ..cache.cache import Held, KVCache
+from ..cache.cache import KVCache
 from ..cache.parse import KVSpec, parse_kv
+from ..cache.report import KVCosts, costs
 from . import towers, videos
 from .architecture import Architecture
 from .base import Prefill, Pruner
@@ -97,7 +98,7 @@ class Reduction:
         self.architecture = Architecture.of(model, visual_token_ids if sees else (), visual_mask is not None)
         self.visual_mask = visual_mask
         self.prefills: list[Prefill] = []
-        self.held: list[Held] = []
+        self.held: list[KVCosts] = []
         self.before_llm = [method for method in methods if method.family != "llm"]
         if len(self.before_llm) > 1:
             names = ", ".join(type(method).__name__ for method in self.before_llm)
@@ -197,7 +198,7 @@ class Reduction:
             kwargs["past_key_values"] = self.new_cache()
         made = generate(*args, **kwargs)
         if isinstance(kwargs.get("past_key_values"), KVCache):
-            self.held.append(kwargs["past_key_values"].held())
+            self.held.append(costs(kwargs["past_key_values"]))
         return made
 
     def _refuse_attention(self) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from foveate.vlm.cache import KVCache
+from foveate.vlm.cache.report import costs
 from foveate.vlm.pruning import FastV, SparseVLM, reduce
 
 from ..pruning import zoo
@@ -134,7 +135,7 @@ def test_rows_are_selected_and_repeated() -> None:
     held = KVCache(model, "dense")
     model(**three("llm-llama"), past_key_values=held)
     held.reset()
-    assert (held.get_seq_length(), held.held().nbytes) == (0, 0)
+    assert (held.get_seq_length(), held.nbytes) == (0, 0)
 
 
 @pytest.mark.parametrize("name", ["llava_onevision", "foveate"])
@@ -159,9 +160,9 @@ def test_reduce_makes_the_cache_and_tells_what_it_held() -> None:
         reduced.generate(**inputs, max_new_tokens=4, do_sample=False)
         made = reduced(**inputs).past_key_values
     (held,) = session.held
-    assert held.columns == (26, 26, 18, 18) and held.tokens == 26
-    assert held.dense_nbytes == 4 * 26 * 2 * 2 * 8 * 8  # layers, tokens, K and V, heads, head_dim, bytes
-    assert isinstance(made, KVCache) and made.held().columns == (23, 23, 15, 15)
+    assert held.tokens == (26, 26, 18, 18) and held.length == 26
+    assert held.full_bytes == 4 * 26 * 2 * 2 * 8 * 8  # layers, tokens, K and V, heads, head_dim, bytes
+    assert isinstance(made, KVCache) and costs(made).tokens == (23, 23, 15, 15)
 
 
 def test_llms_have_a_kv_cache_in_reduce_but_no_visual_tokens() -> None:
