@@ -418,8 +418,11 @@ def block_sizes(rows: int, head_dim: int, group: int, itemsize: int) -> dict[str
 
 def launch_options(blocks: dict[str, int], bits: int, itemsize: int) -> dict[str, int]:
     """Registers are bounded so that four programs, or three, are on a multiprocessor at a time; it has 65,536."""
-    small = blocks["BLOCK_ROWS"] == 16 and blocks["BLOCK_DIM"] <= 128 and bits <= 4 and itemsize == 2
-    return {"num_warps": 4, "num_stages": 2, "maxnreg": 128 if small else 168}
+    registers = 255
+    if itemsize == 2 and blocks["BLOCK_ROWS"] <= 32:
+        small = blocks["BLOCK_ROWS"] == 16 and blocks["BLOCK_DIM"] <= 128 and bits <= 4
+        registers = 128 if small else 168
+    return {"num_warps": 4, "num_stages": 2, "maxnreg": registers, "enable_fp_fusion": True}
 
 
 def split_sizes(
