@@ -18,6 +18,7 @@ from ..vlm.processor import CONTENT_MACRO, FoveateProcessor
 from .document import Document, Image, Text, Video, chat_document
 from .drawing import COLOURS, DIGITS, KINDS, SHAPES, SPLITS, Glyph, draw_cells
 from .fine_glyphs import FINE_KIND_BUILDERS
+from .needles import NEEDLE_KIND_BUILDERS
 from .sorting import SORTING_KIND_BUILDERS
 
 REGION_DIGITS = 0.75  # of the glyphs that a tower is warmed up on: digits are what takes longest to learn
@@ -385,8 +386,10 @@ KIND_BUILDERS: dict[str, Callable[[GlyphSource, np.random.Generator, str], Docum
     "needle_chat": _needle_chat,
     **FINE_KIND_BUILDERS,
     **SORTING_KIND_BUILDERS,
+    **NEEDLE_KIND_BUILDERS,
 }
 # For the region-text objective alone.
 REGION_KINDS = (
     "regions", "frame_regions", "fine_regions", "fine_scene_regions", "fine_frame_regions", "row_regions",
+    "needle_regions",
 )  # fmt: skip

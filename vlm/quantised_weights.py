@@ -110,12 +110,14 @@ def quantise(model: PreTrainedModel, weights: Scheme | None, tower_weights: Sche
         tower_weights: of the tower's layers, one of `TOWER_SCHEMES`; None leaves them.
 
     Raises:
-        QuantisationError: torchao is missing, the model is quantised already, a part has no such layers, or a layer's
-            size is none that the scheme takes. The model is then as it was.
+        QuantisationError: torchao is missing, the model is quantised already, a part has no such layers or does not
+            take the scheme, or a layer's size does not. The model is then as it was.
     """
     check_installed()
     if getattr(model.config, "quantization_config", None) is not None:
         raise QuantisationError("the model's weights are quantised already; accepted: a model in floating point")
+    if tower_weights is not None and tower_weights.name not in TOWER_SCHEMES:
+        raise QuantisationError(f"tower_weights is {tower_weights.name}; accepted: {', '.join(TOWER_SCHEMES)}")
     chosen: dict[str, Scheme] = {}
     for part, scheme in (("language_model", weights), ("vision_tower", tower_weights)):
         if scheme is not None:
@@ -131,10 +133,8 @@ def quantise(model: PreTrainedModel, weights: Scheme | None, tower_weights: Sche
 
 def is_quantised(config: Any) -> bool:
     """Whether a model's weights are quantised, by its config, or the content of its `config.json`."""
-    given = (
-        config.get("quantization_config") if isinstance(config, Mapping) else vars(config).get("quantization_config")
-    )
-    return given is not None
+    fields = config if isinstance(config, Mapping) else vars(config)
+    return fields.get("quantization_config") is not None
 
 
 def check_readable(config: Mapping[str, Any]) -> None:

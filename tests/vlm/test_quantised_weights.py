@@ -193,6 +193,8 @@ def test_sizes_that_do_not_fit_are_refused_and_nothing_is_changed(tiny: Any) -> 
         quantise(model, Scheme("w4a16"))
     with pytest.raises(QuantisationError, match=r"q_proj is 64 → 64; accepted by w4a8: inputs in multiples of 128"):
         quantise(model, Scheme("w4a8"), W8)
+    with pytest.raises(QuantisationError, match="tower_weights is w4a16; accepted: w8a8"):
+        quantise(model, W4, W4)
     assert not any(hasattr(weight, "qdata") for weight in model.parameters())
     odd = tiny.model(llm_options=SIZES | {"intermediate_size": 36})
     with pytest.raises(QuantisationError, match="gate_proj is 64 → 36; accepted by w8a8: multiples of 8"):
