@@ -35,6 +35,7 @@ from .report import plt, png
 
 LATER, ASKED = "later", "asked"
 RESAMPLES = 4000  # of documents, for intervals
+WORST = 4  # tasks that are told of what breaks
 BREAKS = 0.03  # a loss of accuracy from which something counts as broken, where its interval is below 0
 
 
@@ -454,7 +455,7 @@ def table(entries: Sequence[dict[str, Any]]) -> str:
         found = {one["name"]: one for one in entry["results"]}
         cache = entry["cache"][_longest(entry)]
         cells = [
-            f"`{entry['kv']}`" if entry["kv"] else entry["setting"],
+            f"`{entry['kv']}`" if entry["kv"] else FULL.name,
             f"{cache['bits']:.1f}",
             f"{cache['held']:.0%}",
             f"{cache['packed']:.0f} of {cache['length']:.0f}",
@@ -469,17 +470,18 @@ def table(entries: Sequence[dict[str, Any]]) -> str:
 
 
 def what_breaks(entries: Sequence[dict[str, Any]]) -> str:
-    """Markdown: the tasks of each setting whose accuracy is surely lower, and by `BREAKS` or more."""
-    lines = ["| setting | breaks | by points |", "|---|---|---|"]
+    """Markdown: the tasks of each setting whose accuracy is surely lower, and by `BREAKS` or more; the worst first."""
+    lines = ["| setting | breaks (points) |", "|---|---|"]
     for entry in entries:
         tasks = {one["name"].removesuffix(": difference"): one for one in entry["results"] if "high" in one}
-        broken = {
-            name: one
+        broken = [
+            (one["value"], f"{name} {100 * one['value']:+.0f}")
             for name, one in tasks.items()
             if name not in (LATER, ASKED) and one["high"] < 0 and one["value"] <= -BREAKS
-        }
-        for i, (name, one) in enumerate(sorted(broken.items(), key=lambda pair: pair[1]["value"])):
-            lines.append(f"| {entry['setting'] if not i else ''} | {name} | {_points(one)} |")
+        ]
+        if broken:
+            more = f"; {len(broken) - WORST} more" if len(broken) > WORST else ""
+            lines.append(f"| {entry['setting']} | {'; '.join(text for _, text in sorted(broken)[:WORST])}{more} |")
     return "\n".join(lines)
 
 
@@ -495,25 +497,32 @@ def _longest(entry: dict[str, Any]) -> str:
 
 
 def picture(entries: Sequence[dict[str, Any]]) -> bytes:
-    """A PNG: points lost over bits a number, for questions that come later and for those asked at once."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), sharey=True)
-    for panel, when in zip(axes, (LATER, ASKED), strict=True):
-        for entry in entries:
+    """A PNG: points lost over bits a number, of stores and of what evicts, selects or prunes."""
+    figure, axes = plt.subplots(1, 2, figsize=(12.5, 5))
+    for entry in entries:
+        setting = Setting(entry["setting"], entry["kv"], entry["prune"])
+        if setting == FULL:
+            continue
+        panel = axes[0 if setting.is_packed_alone else 1]
+        colour = None
+        for when, fill in ((LATER, "full"), (ASKED, "none")):
             one = next((r for r in entry["results"] if r["name"] == f"{when}: difference"), None)
-            if one is None or entry["setting"] == FULL.name:
+            if one is None:
                 continue
             tasks = [task for task in entry["cache"] if task.endswith(ASKED) == (when == ASKED)]
             bits = entry["cache"][max(tasks, key=lambda task: entry["cache"][task]["length"])]["bits"]
-            evicts = entry["cache"][tasks[-1]]["held"] < 1
             error = [[100 * (one["value"] - one["low"])], [100 * (one["high"] - one["value"])]]
-            panel.errorbar(bits, 100 * one["value"], error, fmt="s" if evicts else "o", markersize=5, capsize=2)
-            panel.annotate(
-                entry["setting"], (bits, 100 * one["value"]), (4, 3), fontsize=6.5, textcoords="offset points"
-            )
+            at = (bits, 100 * one["value"])
+            bar = panel.errorbar(*at, error, fmt="o", fillstyle=fill, markersize=5, capsize=2, color=colour)
+            colour = bar[0].get_color()
+            if when == LATER:
+                panel.annotate(entry["setting"], at, (5, 3), fontsize=7, textcoords="offset points", color=colour)
+    figure.suptitle("filled: questions that come later; open: asked with the prompt", fontsize=9)
+    axes[1].set_xscale("log", base=2)
+    for panel, title in zip(axes, ("quantised", "evicted, selected or pruned"), strict=True):
         panel.axhline(0, color="0.6", linewidth=0.8)
-        panel.set_xscale("log", base=2)
         panel.set_xlabel("bits a number of the sequence's keys and values, as allocated")
-        panel.set_title(f"questions {'that come later' if when == LATER else 'asked with the prompt'}", fontsize=10)
+        panel.set_title(title, fontsize=10)
         panel.grid(alpha=0.3)
     axes[0].set_ylabel("points of accuracy against the full cache")
     return png(figure)

@@ -43,8 +43,8 @@ class KVCosts:
     def lines(self) -> list[str]:
         """What is printed of it."""
         return [
-            f"KV cache: {self.bytes / 1e6:.3g} MB, {self.full_bytes / self.bytes:.3g}× smaller than "
-            f"{self.full_bytes / 1e6:.3g} MB, {self.bits:.3g} bits a number",
+            f"KV cache: {self.bytes / 1e6:.3g} MB of {self.full_bytes / 1e6:.3g} MB "
+            f"({self.bytes / self.full_bytes:.1%}), {self.bits:.3g} bits a number",
             f"tokens held by a layer (mean): {self.mean_tokens:.4g} of {self.length}, {self.mean_packed:.4g} quantised",
         ]
 
