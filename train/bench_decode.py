@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -21,9 +22,10 @@ from ..vlm.pruning.costs import Decoder
 from .bench import peak_memory
 from .bench_caches import BASELINES, baseline, held_bytes, quantized_backend
 from .bench_prefill import SHAPES, make_model
-from .timing import Turns, timed
+from .timing import Times, Turns, timed
 
 NO_ATTENTION = "foveate_bench_no_attention"
+STEP = "foveate_bench_step"
 WARM_UP = 2  # steps of each turn
 
 
@@ -76,7 +78,7 @@ def bench_decode(bench: DecodeBench, show: Callable[[str], None] = lambda line: 
     dtype = getattr(torch, bench.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     show(f"making the {bench.shape} model")
     model = make_model(bench.shape, device, dtype)
-    room = 2 * (WARM_UP + bench.steps) + 2  # on a GPU each step is taken twice; two are for the memory
+    room = 2 * (WARM_UP + bench.steps)  # on a GPU each step is taken twice
     makes: dict[str, Callable[[], Any]] = {name: partial(baseline, name, model.config, room) for name in BASELINES}
     if quantized_backend() is None:
         show("quantized: left out, optimum-quanto and hqq are not installed")
@@ -90,12 +92,12 @@ def bench_decode(bench: DecodeBench, show: Callable[[str], None] = lambda line: 
             for way, make in list(makes.items()):
                 show(f"round {number} of {bench.rounds}: {way}")
                 try:
-                    held = _turn(bench, model, make(), way, turns)
+                    if way not in memory:
+                        memory[way] = _memory(bench, model, make())
+                    turns.add(way, _turn(bench, model, make()))
                 except torch.OutOfMemoryError:
                     show(f"{way}: left out, it needs more memory than the device has")
                     del makes[way]
-                else:
-                    memory.setdefault(way, held)
                 gc.collect()
     results = [result("weights", sum(parameter.nbytes for parameter in model.parameters()), "bytes", 1)]
     for way in makes:
@@ -104,19 +106,43 @@ def bench_decode(bench: DecodeBench, show: Callable[[str], None] = lambda line: 
     return results
 
 
-def _turn(bench: DecodeBench, model: Any, cache: Any, way: str, turns: Turns) -> tuple[int, int]:
-    """Fills a cache and decodes; bytes that it holds, and that a step takes besides at most."""
+def _turn(bench: DecodeBench, model: Any, cache: Any) -> list[Times]:
+    """Fills a cache and decodes."""
     _fill(bench, model, cache)
     step = partial(_step, bench, model, cache)
     for _ in range(WARM_UP):
         step()
-    held = cache.nbytes if isinstance(cache, KVCache) else held_bytes(cache)
-    before = torch.cuda.memory_allocated(model.device) if model.device.type == "cuda" else 0
-    peak = peak_memory(model.device, step)
-    if peak is None:
-        raise torch.OutOfMemoryError
-    turns.add(way, [timed(model.device, step) for _ in range(bench.steps)])
-    return held, peak - before
+    return [timed(model.device, step) for _ in range(bench.steps)]
+
+
+def _memory(bench: DecodeBench, model: Any, cache: Any) -> tuple[int, int]:
+    """Bytes that a cache holds, and that a step takes besides, at most."""
+    step = partial(_step, bench, model, cache)
+    if model.device.type == "cuda":
+        _fill(bench, model, cache)
+        step()
+        before = torch.cuda.memory_allocated(model.device)
+        peak = peak_memory(model.device, step)
+        if peak is None:
+            raise torch.OutOfMemoryError
+        besides = peak - before
+    else:  # followed from the start, so that what a step frees is known
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            _fill(bench, model, cache)
+            step()
+            with torch.profiler.record_function(STEP):
+                step()
+        besides = _most_in_step(profile)
+    return cache.nbytes if isinstance(cache, KVCache) else held_bytes(cache), besides
+
+
+def _most_in_step(profile: Any) -> int:
+    """Bytes by which what is allocated grows at most since the step began."""
+    events = profile.profiler.kineto_results.events()
+    began = next(event.start_ns() for event in events if event.name() == STEP)
+    changes = [event for event in events if event.name() == "[memory]" and event.start_ns() >= began]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in changes))
 
 
 def _fill(bench: DecodeBench, model: Any, cache: Any) -> None:

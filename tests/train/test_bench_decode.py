@@ -42,6 +42,12 @@ def test_kv_bytes_are_those_of_the_formats(decoded: dict[str, dict[str, Any]]) -
     assert decoded[f"{KV[1]}_kv"]["value"] < 0.6 * decoded["dynamic_kv"]["value"]
 
 
+def test_what_a_step_frees_is_not_counted_as_held(decoded: dict[str, dict[str, Any]]) -> None:
+    """DynamicCache holds a layer's keys, or its values, twice for a moment, and not those of every layer."""
+    growth = decoded["dynamic_step_memory"]["value"] - decoded["preallocated_step_memory"]["value"]
+    assert 0 < growth < decoded["dynamic_kv"]["value"] / 4
+
+
 def test_attention_alone_is_measured_for_every_format() -> None:
     bench = KernelBench("tiny", context=160, bits=(8, 4), group=32, residual=32, rounds=1, device="cpu")
     results = {entry["name"]: entry for entry in bench_kernels(bench)}
