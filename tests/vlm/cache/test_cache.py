@@ -1,6 +1,7 @@
 """`KVCache` beside transformers' DynamicCache, and what it refuses. Stores and policies have tests of their own."""
 
 import copy
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -138,10 +139,20 @@ def test_rows_are_selected_and_repeated() -> None:
     assert (held.get_seq_length(), held.nbytes) == (0, 0)
 
 
+@cache
+def equally_long(name: str) -> zoo.Row:
+    """Rows without padding, one of them of text alone, which pruning leaves as long as it is."""
+    torch.manual_seed(1)
+    one = animal(name)
+    row = one.row(2, "image", 5)
+    return one.batch([row, one.row(row["input_ids"].shape[1])])
+
+
+@pytest.mark.parametrize("batch", [three, equally_long])
 @pytest.mark.parametrize("name", ["llava_onevision", "foveate"])
-def test_within_reduce_it_holds_what_pruning_left(name: str) -> None:
-    """Beams on rows of different lengths: what DynamicCache gives, which is held to brute force elsewhere."""
-    model, inputs = animal(name).model, three(name)
+def test_within_reduce_it_holds_what_pruning_left(name: str, batch: Callable[[str], zoo.Row]) -> None:
+    """Beams: what DynamicCache gives, which is held to brute force elsewhere."""
+    model, inputs = animal(name).model, batch(name)
     methods = (FastV(1, 0.5), SparseVLM(tokens=(6,), layers=(1,), per=16))  # the second merges tokens
     given = []
     for kv in ("dense", None):
@@ -203,6 +214,28 @@ def test_what_a_cache_can_not_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(model.config, "_attn_implementation", "flex_attention")
     with pytest.raises(ValueError, match=r"attention mask is a BlockMask; accepted .* sdpa"):
         model(**three("llm-llama"), past_key_values=KVCache(model, "dense"))
+
+
+@pytest.mark.parametrize(
+    ("kv", "says"),
+    [
+        ("snapkv:keep=0.5,window=2", "which evicted some when it had 12 of its 15; accepted: at most 3"),
+        ("int4:group=4,residual=4", "of which the last 7 are not packed; accepted: at most those"),
+    ],
+)
+def test_a_crop_that_would_need_what_is_gone_removes_nothing(kv: str, says: str) -> None:
+    model: Any = animal("llm-llama").model
+    held = KVCache(model, kv)
+    prompt = torch.randint(zoo.WORDS, zoo.VOCABULARY, (1, 12))
+    model(prompt, past_key_values=held)
+    for _ in range(3):
+        model(torch.tensor([[9]]), past_key_values=held)
+    columns = held.layers[0].store.columns
+    with pytest.raises(RuntimeError, match=says):
+        held.crop(-8)
+    assert held.get_seq_length() == 15 and {layer.store.columns for layer in held.layers} == {columns}
+    held.crop(-3)
+    assert held.get_seq_length() == 12 and held.layers[0].store.columns == columns - 3
 
 
 def test_an_interrupted_pass_leaves_a_model_that_works() -> None:
