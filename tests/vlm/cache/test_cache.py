@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from foveate.vlm.cache import KVCache
+from foveate.vlm.cache.layer import STALE
 from foveate.vlm.cache.report import costs
 from foveate.vlm.pruning import FastV, SparseVLM, reduce
 
@@ -214,6 +215,20 @@ def test_what_a_cache_can_not_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(model.config, "_attn_implementation", "flex_attention")
     with pytest.raises(ValueError, match=r"attention mask is a BlockMask; accepted .* sdpa"):
         model(**three("llm-llama"), past_key_values=KVCache(model, "dense"))
+
+
+@pytest.mark.parametrize(
+    "kv", ["streaming:sink=2,window=8", "streaming:sink=2,window=8+int4:group=4,residual=0", "h2o:tokens=10"]
+)
+def test_what_is_evicted_in_decode_takes_no_memory_in_the_end(kv: str) -> None:
+    model: Any = animal("llm-llama").model
+    held, word = KVCache(model, kv), torch.tensor([[9]])
+    sizes = []
+    for _ in range(150):
+        model(word, past_key_values=held)
+        sizes.append(held.layers[0].store.columns)
+    assert max(sizes) <= 10 + STALE + 1 and sizes[-1] < 150 - STALE
+    assert costs(held).tokens == (9 if "streaming" in kv else 10,) * zoo.LAYERS
 
 
 @pytest.mark.parametrize(
