@@ -163,6 +163,45 @@ def test_within_reduce_it_holds_what_pruning_left(name: str, batch: Callable[[st
     torch.testing.assert_close(given[0][1], given[1][1], rtol=0, atol=1e-10)
 
 
+def test_a_second_prompt_that_was_pruned_is_cropped_as_if_it_had_not_been() -> None:
+    model, one = animal("llava").model, animal("llava").row(2, "image", 5)
+    with reduce(model, FastV(1, 0.5), kv="dense") as reduced:
+        held = reduced(**one).past_key_values
+        columns, length = [layer.store.columns for layer in held.layers], held.get_seq_length()
+        word, alone = torch.tensor([[9]]), copy.deepcopy(held)
+        reduced(**one, past_key_values=held)
+        slots = held.layers[2].all_slots()[0, 0]
+        assert slots.max() == 2 * length - 1 and (slots >= length).sum() == columns[2]
+        held.crop(-length)
+        assert [layer.store.columns for layer in held.layers] == columns
+        got, wanted = (reduced(word, past_key_values=cache).logits for cache in (held, alone))
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "kv", ["streaming:sink=2,window=4", "h2o:tokens=5", "snapkv:keep=0.5,window=2", "int8:group=4,residual=0"]
+)
+def test_rows_that_change_places_take_all_that_is_known_of_them_along(kv: str) -> None:
+    model: Any = animal("llm-llama").model
+    order, words = torch.tensor([2, 0, 1]), torch.tensor([[9], [10], [11]])
+    ends = []
+    for moved in (True, False):
+        first = torch.arange(3) if moved else order
+        inputs = {name: value[first] for name, value in three("llm-llama").items()}
+        held, mask = KVCache(model, kv), inputs["attention_mask"]
+        position = (mask.cumsum(1) - 1).clamp(min=0)
+        model(**inputs, position_ids=position, past_key_values=held)
+        for step in range(6):
+            if moved and step == 3:
+                held.reorder_cache(order)
+                mask, position, first = mask[order], position[order], order
+            mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], dim=1)
+            position = position[:, -1:] + 1
+            last = model(words[first], attention_mask=mask, position_ids=position, past_key_values=held).logits
+        ends.append(last)
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-10)
+
+
 def test_reduce_makes_the_cache_and_tells_what_it_held() -> None:
     model, inputs = animal("llava").model, animal("llava").alone(animal("llava").row(2, "image", 5))
     with pytest.raises(ValueError, match="no method was given"):

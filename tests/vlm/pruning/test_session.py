@@ -113,16 +113,19 @@ class _Watches(Pruner):
         return Selection(torch.arange(sight.visual))
 
 
+@pytest.mark.parametrize("kv", [None, "dense"])
 @pytest.mark.parametrize(("scored_by", "layer"), [("previous", 1), ("own", 2)])
 @pytest.mark.parametrize("rows", [("image",), PADDED])
-def test_raters_of_a_second_prompt_see_the_first_one_too(scored_by: str, layer: int, rows: tuple[str, ...]) -> None:
+def test_raters_of_a_second_prompt_see_the_first_one_too(
+    scored_by: str, layer: int, rows: tuple[str, ...], kv: str | None
+) -> None:
     """Their attention is the model's own: probabilities over all keys, those in the cache among them."""
     animal, weights = zoo.animal("llava"), []
     samples = [row("llava", pieces) for pieces in rows]
     inputs, new = animal.batch(samples), animal.row(2, "image", 5)
     news = animal.batch([new] * len(rows))
     watcher = _Watches(scored_by)
-    with reduce(animal.model, watcher) as model:
+    with reduce(animal.model, watcher, kv=kv) as model:
         first = model(**inputs, position_ids=(inputs["attention_mask"].cumsum(1) - 1).clamp(min=0))
         watcher.rows.clear()
         mask = torch.cat([inputs["attention_mask"], news["attention_mask"]], dim=1)
