@@ -448,13 +448,17 @@ def evaluate(
     ] = None,
     n: Annotated[int, typer.Option(min=1, help="Questions a task.")] = 500,
     split: Annotated[Split, typer.Option(help="Whose digit images are shown; test is held out.")] = Split.test,
-    frames: Annotated[int, typer.Option(min=4, help="With --task needles: frames of each clip.")] = 64,
+    frames: Annotated[
+        int | None, typer.Option(min=4, help="With --task needles: frames of each clip. Default: 64.")
+    ] = None,
     prune: PruneOption = None,
     kv: KVOption = None,
     weights: WeightsOption = None,
     tower_weights: TowerWeightsOption = None,
 ) -> None:
     """Measure a model's generated answers on a task, with 95 % intervals and baselines."""
+    if frames is not None and task != EvalTask.needles:
+        raise typer.BadParameter(f"--frames with --task {task.value}; accepted: --task needles")
     methods, spec, schemes = _methods(prune), _kv(kv), _schemes(weights, tower_weights)
     from .eval.needle import evaluate_needles
     from .eval.report import evaluate_and_report
@@ -462,7 +466,7 @@ def evaluate(
 
     loaded, processor = _load(model, schemes)
     if task == EvalTask.needles:
-        evaluate_needles(loaded, processor, out, n, split.value, Console(), methods, spec, frames)
+        evaluate_needles(loaded, processor, out, n, split.value, Console(), methods, spec, frames or 64)
         return
     run = evaluate_rows if task == EvalTask.rows else evaluate_and_report
     run(loaded, processor, out, n, split.value, Console(), methods, spec)

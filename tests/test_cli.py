@@ -157,6 +157,7 @@ def test_help_of_a_command_names_its_arguments(foveate: Callable[..., Ran], comm
         (["export", "./no/model", "out"], "no such folder"),
         (["eval", "m", "--n", "many"], "--n"),
         (["eval", "m", "--task", "poems"], "glyphs"),
+        (["eval", "m", "--frames", "64"], "--frames with --task glyphs; accepted: --task needles"),
         (["eval", "m", "--prune", "evs:keep"], "--prune: evs: 'keep' is not FIELD=VALUE; accepted fields: keep, "),
         (["eval", "/no/model"], "/no/model: no such folder"),
     ],
