@@ -1,0 +1,98 @@
+"""Attention, heads and tokens exchanged by 4 processes, in fp64: what each rank got, saved in a folder.
+
+python attention_runs.py FOLDER
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import processes
+
+from foveate.vlm.parallel.attention import Sequence
+from foveate.vlm.parallel.exchange import count_traffic, exchange_tokens
+from foveate.vlm.parallel.plan import SequencePlan, route
+from foveate.vlm.parallel.topology import Topology, make_topology
+
+RANKS = 4
+GRIDS = ((1, 2), (2, 1), (2, 2), (4, 1), (1, 4))
+HEADS = ((8, 8), (8, 2), (4, 1))
+PACKS = ((37,), (5, 1, 19, 8, 3))
+HEAD_DIM, WIDTH = 8, 5
+SCALING = 0.4
+
+
+def states(heads: int, kv_heads: int, tokens: int) -> list[torch.Tensor]:
+    """Query, key, value and the gradient of the output, [heads, tokens, head_dim], the same on every rank."""
+    generator = torch.Generator().manual_seed(heads * 100 + kv_heads * 10 + tokens)
+    shapes = ((heads, tokens), (kv_heads, tokens), (kv_heads, tokens), (heads, tokens))
+    return [torch.randn(*shape, HEAD_DIM, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def local(plan: SequencePlan, rank: int, whole: torch.Tensor) -> torch.Tensor:
+    """[heads, tokens, head_dim] to [1, heads, local tokens, head_dim]; padding is nothing that may be seen."""
+    return plan.shard(whole.transpose(1, 2), rank, 1e3).transpose(1, 2)[None]
+
+
+def attend(topology: Topology, plan: SequencePlan, tensors: list[torch.Tensor]) -> dict[str, Any]:
+    """This rank's output and gradients, and what it sent."""
+    rank = topology.sequence_rank
+    query, key, value, gradient = (local(plan, rank, tensor) for tensor in tensors)
+    for tensor in (query, key, value):
+        tensor.requires_grad_()
+    # No loss falls on padding.
+    gradient = gradient.masked_fill(torch.from_numpy(plan.places(rank) < 0)[None, None, :, None], 0)
+    with count_traffic() as traffic:
+        out = Sequence(plan, topology, query.device).attend(None, query, key, value, SCALING).transpose(1, 2)
+        out.backward(gradient)
+    grads = {name: tensor.grad for name, tensor in (("query", query), ("key", key), ("value", value))}
+    return {"out": out.detach(), **grads, "traffic": dict(traffic)}
+
+
+def exchange(topology: Topology, plan: SequencePlan) -> dict[str, Any]:
+    """Visual tokens of three uneven shares, none of the last rank's, to their places."""
+    rank, degree = topology.sequence_rank, topology.degree
+    places = np.array([i for i in range(plan.tokens) if i % 7 not in (0, 3)])
+    counts = [0] * degree
+    for number in range(len(places)):
+        counts[min(number // 4, max(0, degree - 2))] += 1
+    start = sum(counts[:rank])
+    features = (torch.arange(len(places) * WIDTH, dtype=torch.float64) + 1).view(-1, WIDTH)
+    own = features[start : start + counts[rank]].clone().requires_grad_()
+    with count_traffic() as traffic:
+        got = exchange_tokens(own, route(plan, places, counts, rank), topology.group)
+        (got**2).sum().backward()
+    return {"got": got.detach(), "own": own.detach(), "grad": own.grad, "traffic": dict(traffic)}
+
+
+def perturbed(topology: Topology) -> dict[str, torch.Tensor]:
+    """Outputs with and without another key and value at token 20 of a pack, which is in its second document."""
+    plan = SequencePlan((9, 17, 6), topology.ulysses, topology.ring)
+    tensors = states(8, 2, plan.tokens)
+    before = attend(topology, plan, tensors)["out"]
+    for tensor in tensors[1:3]:
+        tensor[:, 20] += 3.0
+    return {"before": before, "after": attend(topology, plan, tensors)["out"]}
+
+
+def cases() -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for ulysses, ring in GRIDS:
+        topology = make_topology(ulysses, ring)
+        for lengths in PACKS:
+            plan = SequencePlan(lengths, ulysses, ring)
+            for heads, kv_heads in HEADS:
+                name = f"{ulysses} {ring} {heads} {kv_heads} {len(lengths)}"
+                results[name] = attend(topology, plan, states(heads, kv_heads, plan.tokens))
+            results[f"exchange {ulysses} {ring} {len(lengths)}"] = exchange(topology, plan)
+        results[f"perturbed {ulysses} {ring}"] = perturbed(topology)
+    return results
+
+
+if __name__ == "__main__":
+    processes.run_all(cases, RANKS, Path(sys.argv[1]))

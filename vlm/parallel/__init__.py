@@ -1,0 +1,1 @@
+"""Multi-modal sequence parallelism (MM-SP): several ranks share the frames and the tokens of one long sequence."""
