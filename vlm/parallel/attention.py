@@ -7,6 +7,7 @@ embeddings are the model's business: queries and keys come rotated.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -44,15 +45,22 @@ class Attending(Protocol):
         ...
 
 
-class Sequence:
+@dataclass(frozen=True)
+class SharedSequence:
     """A pack of documents whose tokens all ranks of a sequence group share: attention in two dimensions.
 
     Within a row heads are exchanged for tokens, then keys and values go round the ring, then tokens for heads. Where
     there are fewer heads of keys and values than ranks in a row, they are repeated so often that each rank gets one.
+
+    Attributes:
+        plan: of the pack.
+        topology: of the ranks.
+        device: where they compute.
     """
 
-    def __init__(self, plan: SequencePlan, topology: Topology, device: torch.device):
-        self.plan, self.topology, self.device = plan, topology, device
+    plan: SequencePlan
+    topology: Topology
+    device: torch.device
 
     @cached_property
     def layout(self) -> RingLayout:

@@ -1,6 +1,6 @@
-"""Attention, heads and tokens exchanged by 4 processes, in fp64: what each rank got, saved in a folder.
+"""Attention, heads and tokens exchanged by several processes, in fp64: what each rank got, saved in a folder.
 
-python attention_runs.py FOLDER
+python attention_runs.py FOLDER [RANKS BACKEND]
 """
 
 import sys
@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import processes
 
-from foveate.vlm.parallel.attention import Sequence
+from foveate.vlm.parallel.attention import SharedSequence
 from foveate.vlm.parallel.exchange import count_traffic, exchange_tokens
 from foveate.vlm.parallel.plan import SequencePlan, route
 from foveate.vlm.parallel.topology import Topology, make_topology
@@ -29,9 +30,10 @@ SCALING = 0.4
 
 def states(heads: int, kv_heads: int, tokens: int) -> list[torch.Tensor]:
     """Query, key, value and the gradient of the output, [heads, tokens, head_dim], the same on every rank."""
-    generator = torch.Generator().manual_seed(heads * 100 + kv_heads * 10 + tokens)
+    generator = torch.Generator("cpu").manual_seed(heads * 100 + kv_heads * 10 + tokens)
     shapes = ((heads, tokens), (kv_heads, tokens), (kv_heads, tokens), (heads, tokens))
-    return [torch.randn(*shape, HEAD_DIM, generator=generator, dtype=torch.float64) for shape in shapes]
+    drawn = (torch.randn(*shape, HEAD_DIM, generator=generator, dtype=torch.float64, device="cpu") for shape in shapes)
+    return [tensor.to(torch.get_default_device()) for tensor in drawn]
 
 
 def local(plan: SequencePlan, rank: int, whole: torch.Tensor) -> torch.Tensor:
@@ -46,9 +48,10 @@ def attend(topology: Topology, plan: SequencePlan, tensors: list[torch.Tensor]) 
     for tensor in (query, key, value):
         tensor.requires_grad_()
     # No loss falls on padding.
-    gradient = gradient.masked_fill(torch.from_numpy(plan.places(rank) < 0)[None, None, :, None], 0)
+    padding = torch.from_numpy(plan.places(rank) < 0).to(gradient.device)
+    gradient = gradient.masked_fill(padding[None, None, :, None], 0)
     with count_traffic() as traffic:
-        out = Sequence(plan, topology, query.device).attend(None, query, key, value, SCALING).transpose(1, 2)
+        out = SharedSequence(plan, topology, query.device).attend(None, query, key, value, SCALING).transpose(1, 2)
         out.backward(gradient)
     grads = {name: tensor.grad for name, tensor in (("query", query), ("key", key), ("value", value))}
     return {"out": out.detach(), **grads, "traffic": dict(traffic)}
@@ -83,6 +86,8 @@ def perturbed(topology: Topology) -> dict[str, torch.Tensor]:
 def cases() -> dict[str, Any]:
     results: dict[str, Any] = {}
     for ulysses, ring in GRIDS:
+        if dist.get_world_size() % (ulysses * ring):
+            continue
         topology = make_topology(ulysses, ring)
         for lengths in PACKS:
             plan = SequencePlan(lengths, ulysses, ring)
@@ -95,4 +100,5 @@ def cases() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    processes.run_all(cases, RANKS, Path(sys.argv[1]))
+    ranks, backend = sys.argv[2:] or (RANKS, "gloo")
+    processes.run_all(cases, int(ranks), Path(sys.argv[1]), backend)

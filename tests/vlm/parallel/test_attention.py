@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from foveate.vlm.parallel.attention import Sequence, sequence_attention
+from foveate.vlm.parallel.attention import SharedSequence, sequence_attention
 from foveate.vlm.parallel.plan import SequencePlan
 from foveate.vlm.parallel.topology import ParallelError, Topology
 
@@ -59,6 +59,35 @@ def test_attention_and_its_gradients_equal_those_of_one_process(
         for what, expected in wanted.items():
             got = whole(plan, [rank[name][what] for rank in ranks[first : first + plan.degree]])
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_attend_as_one_process(tmp_path: Path) -> None:
+    ranks = collect(Path(runs.__file__), tmp_path, 2, "2", "nccl")
+    for grid in ("1 2", "2 1"):
+        for heads, kv_heads in runs.HEADS:
+            plan, wanted = plan_of(grid, runs.PACKS[1]), dense(runs.PACKS[1], heads, kv_heads)
+            for what, expected in wanted.items():
+                got = whole(plan, [rank[f"{grid} {heads} {kv_heads} {len(plan.lengths)}"][what] for rank in ranks])
+                torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [(37,), (5, 1, 19, 8, 3), (700, 1, 300)], ids=len)
+def test_bf16_on_a_gpu_is_near_fp64_on_a_cpu(lengths: tuple[int, ...]) -> None:
+    plan, device = SequencePlan(lengths, 1, 1), torch.device("cuda")
+    tensors = [tensor.repeat(1, 1, 8).bfloat16() for tensor in runs.states(8, 2, plan.tokens)]  # head_dim 64
+    results = []
+    for where, dtype in ((torch.device("cpu"), torch.float64), (device, torch.bfloat16)):
+        query, key, value, gradient = (runs.local(plan, 0, tensor).to(where, dtype) for tensor in tensors)
+        for tensor in (query, key, value):
+            tensor.requires_grad_()
+        out = SharedSequence(plan, Topology(), where).attend(torch.nn.Identity(), query, key, value, 0.1)
+        out.backward(gradient.transpose(1, 2))
+        results.append([one.detach().double().cpu() for one in (out, query.grad, key.grad, value.grad)])
+    for exact, rounded in zip(*results, strict=True):
+        assert (exact - rounded).norm() / exact.norm() < 0.02
 
 
 @pytest.mark.parametrize("lengths", runs.PACKS, ids=len)
@@ -122,7 +151,9 @@ def test_one_rank_attends_without_any_group(lengths: tuple[int, ...]) -> None:
     plan = SequencePlan(lengths, 1, 1)
     *states, _ = runs.states(8, 2, plan.tokens)
     query, key, value = (runs.local(plan, 0, tensor) for tensor in states)
-    out = Sequence(plan, Topology(), torch.device("cpu")).attend(torch.nn.Identity(), query, key, value, runs.SCALING)
+    out = SharedSequence(plan, Topology(), torch.device("cpu")).attend(
+        torch.nn.Identity(), query, key, value, runs.SCALING
+    )
     got = whole(plan, [out.transpose(1, 2)])
     torch.testing.assert_close(got, dense(lengths, 8, 2)["out"], rtol=0, atol=1e-12)
 
@@ -143,7 +174,7 @@ def test_a_decoder_attends_as_sequence_says_and_has_its_own_attention_back_after
     plan = SequencePlan((7, 12), 1, 1)
     ids = torch.randint(20, (1, plan.tokens))
     positions = torch.from_numpy(plan.positions(0))[None]
-    sequence = Sequence(plan, Topology(), torch.device("cpu"))
+    sequence = SharedSequence(plan, Topology(), torch.device("cpu"))
     own = model.config._attn_implementation
     restarting = torch.cat([torch.arange(7), torch.arange(12)])[None]  # which packs, without a cache
     wanted = model.model(ids, position_ids=restarting, use_cache=False).last_hidden_state
@@ -163,7 +194,7 @@ def test_a_decoder_attends_as_sequence_says_and_has_its_own_attention_back_after
 def test_dropout_and_heads_that_do_not_fit_are_refused() -> None:
     plan = SequencePlan((8,), 1, 1)
     model = decoder(attention_dropout=0.1).train()
-    sequence = Sequence(plan, Topology(), torch.device("cpu"))
+    sequence = SharedSequence(plan, Topology(), torch.device("cpu"))
     with sequence_attention(model), pytest.raises(ParallelError, match="dropout"):
         model.model(torch.ones(1, 8, dtype=torch.long), sequence=sequence, use_cache=False)
     with pytest.raises(ParallelError, match=r"ulysses is 3, but .* 8 attention heads and 2 .*accepted: 1, 2, 4, 8"):
