@@ -106,6 +106,9 @@ def _attention(
     }
     if given := [name for name, value in unknown.items() if value is not None]:
         raise ParallelError(f"attention with {', '.join(given)}; accepted under sequence parallelism: without")
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings are in fp32 there, attention is not
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (states.to(dtype) for states in (query, key, value))
     return sequence.attend(module, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
 
 

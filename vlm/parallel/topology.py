@@ -6,6 +6,7 @@ arXiv 2310.01889).
 """
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -77,8 +78,12 @@ class Topology:
         return self.data_rank * self.degree
 
 
-def make_topology(ulysses: int = 1, ring: int = 1) -> Topology:
+def make_topology(ulysses: int = 1, ring: int = 1, timeout: timedelta | None = None) -> Topology:
     """This process's topology; the groups are made, so all processes call it, in the same order.
+
+    Args:
+        ulysses, ring: see `Topology`.
+        timeout: how long a rank waits for the others of a group; torch's default when None.
 
     Raises:
         ParallelError: the number of processes is no multiple of `ulysses` x `ring`.
@@ -99,7 +104,7 @@ def make_topology(ulysses: int = 1, ring: int = 1) -> Topology:
             ("ring_group", columns if ring > 1 else []),
         ):
             for of_group in members:
-                group = dist.new_group(list(of_group))
+                group = dist.new_group(list(of_group), timeout=timeout)
                 if rank in of_group:
                     own[name] = group
     return Topology(ulysses, ring, rank, size, **own)

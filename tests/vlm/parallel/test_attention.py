@@ -191,6 +191,21 @@ def test_a_decoder_attends_as_sequence_says_and_has_its_own_attention_back_after
     assert model.config._attn_implementation == own
 
 
+def test_autocast_holds_for_attention() -> None:
+    plan, model = SequencePlan((9,), 1, 1), decoder()
+    seen = []
+
+    class Watching(SharedSequence):
+        def attend(self, module: Any, *states: Any) -> torch.Tensor:
+            seen.extend(tensor.dtype for tensor in states[:3])
+            return super().attend(module, *states)
+
+    sequence = Watching(plan, Topology(), torch.device("cpu"))
+    with sequence_attention(model), torch.autocast("cpu", torch.bfloat16):
+        model.model(torch.ones(1, plan.local_tokens, dtype=torch.long), sequence=sequence, use_cache=False)
+    assert set(seen) == {torch.bfloat16}
+
+
 def test_dropout_and_heads_that_do_not_fit_are_refused() -> None:
     plan = SequencePlan((8,), 1, 1)
     model = decoder(attention_dropout=0.1).train()
