@@ -15,6 +15,7 @@
 #   decode `foveate bench decode` of Qwen2-7B's shape: 16 sequences of 32k tokens, and one of 128k
 #   kernels `foveate bench kernels` of its heads: 1, 2 and 16 sequences of 32k tokens, whole and Quest's 1/16 of the pages
 #          (transformers' QuantizedCache, flash-attn and flashinfer are measured where they are installed)
+#   parallel `foveate bench parallel --kernel`: what a ring computes its blocks with, of 8k and 64k tokens
 # PYTHON names the interpreter; the package need not be installed. COMMIT says what is measured where git does not.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -22,7 +23,7 @@ python=${PYTHON:-python3}
 out=${1:?usage: scripts/gpu_suite.sh OUT [PIECE ...]}
 shift
 pieces=("$@")
-[ ${#pieces[@]} -gt 0 ] || pieces=(tests train zero encode prefill prefill-tower decode kernels)
+[ ${#pieces[@]} -gt 0 ] || pieces=(tests train zero encode prefill prefill-tower decode kernels parallel)
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 
@@ -98,8 +99,13 @@ for piece in "${pieces[@]}"; do
         bench 190 "bench_kernels_$sequences" kernels --shape nvila-8b --batch "$sequences" --context 32768 || status=1
       done
       ;;
+    parallel)
+      for tokens in 8192 65536; do
+        bench 190 "bench_ring_$tokens" parallel --kernel --tokens "$tokens" || status=1
+      done
+      ;;
     *)
-      echo "gpu_suite: no piece '$piece'; accepted: tests, train, zero, encode, prefill, prefill-tower, decode, kernels" >&2
+      echo "gpu_suite: no piece '$piece'; accepted: tests, train, zero, encode, prefill, prefill-tower, decode, kernels, parallel" >&2
       exit 2
       ;;
   esac

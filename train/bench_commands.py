@@ -1,4 +1,4 @@
-"""The command `foveate bench`: what media, towers, prefill, decoding, loading and training cost, against baselines."""
+"""The command `foveate bench`: what media, towers, prefill, decoding, loading, training and sharing sequences cost."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 app = typer.Typer(
-    help="Measure media, towers, prefill, decoding, loading and training, each against its baseline.",
+    help="Measure media, towers, prefill, decoding, loading, training and shared sequences, each against its baseline.",
     rich_markup_mode=None,
 )
 
@@ -255,6 +255,41 @@ def kernels(
         dtype.value if dtype else None,
     )
     _report(bench_kernels(settings, _show), as_json, ("torch", "transformers", *QUANTIZERS, "flashinfer-python"))
+
+
+@app.command()
+def parallel(
+    processes: Annotated[int, typer.Option(help="Of this machine, that share a sequence: 1, 2 or 4.")] = 4,
+    tokens: Annotated[
+        int | None, typer.Option(help="Of the pack that they share. Default: 8192; with --kernel 65536.")
+    ] = None,
+    kernel: Annotated[
+        bool, typer.Option("--kernel", help="Measure instead the ring's kernel, with the heads of an 8B model's rank.")
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Of --kernel, in each of which everything has its turn.")] = 7,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of --kernel. Default: float32 on a CPU, else bfloat16.")] = None,
+    device: Annotated[str | None, typer.Option(help="Of --kernel, cpu or cuda. Default: cuda if there is one.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Sequence parallelism: bytes against their formula, memory a rank, balance, and a model of a step's time."""
+    if kernel:
+        from .bench_ring import RingBench, bench_ring
+
+        ring = RingBench(tokens or 65536, rounds=rounds, device=device, dtype=dtype.value if dtype else None)
+        _report(bench_ring(ring, _show), as_json, ("torch",))
+        return
+    from .bench_parallel import ParallelBench, bench_parallel, cost_table
+    from .parallel_costs import ASSUMPTIONS
+
+    results = bench_parallel(ParallelBench(processes, tokens or 8192), _show)
+    for line in ("The model of a step takes for granted:", *ASSUMPTIONS):
+        _show(line)
+    if as_json:
+        _report(results, as_json, ("torch", "transformers"))
+        return
+    _report([entry for entry in results if not entry["name"].startswith("step_")], as_json, ())
+    for line in cost_table(results):
+        print(line)
 
 
 def _counts(option: str, text: str) -> tuple[int, ...]:
