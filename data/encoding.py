@@ -1,15 +1,16 @@
 """A document to a sample: token ids, labels, and the pixels of its media."""
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 
 from ..vlm.media import MediaError, MediaLimitError, MediaLimits
-from ..vlm.planning import BudgetError, MediaTiles, VideoSource
+from ..vlm.planning import BudgetError, MediaTiles, PlannedMedia, VideoSource
 from ..vlm.processor import FoveateProcessor
 from .document import Document, DocumentError, Image, Text, Video
 
@@ -17,8 +18,8 @@ IGNORE = -100
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A document as a model reads it.
+class _Tokens:
+    """A document's text.
 
     `input_ids` and `labels` are int64 [tokens]; a label stands at its own token (shifted by the model) and is -100
     where no loss falls, at the first token always, so that nothing is predicted across documents.
@@ -27,6 +28,25 @@ class Sample:
     key: str
     input_ids: np.ndarray
     labels: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def loss_tokens(self) -> int:
+        """How many tokens are predicted."""
+        return int((self.labels != IGNORE).sum())
+
+
+@dataclass(frozen=True)
+class Sample(_Tokens):
+    """A document as a model reads it: `input_ids` and `labels`, int64 [tokens], and the tiles of its media.
+
+    A label stands at its own token (shifted by the model) and is -100 where no loss falls, at the first token always,
+    so that nothing is predicted across documents.
+    """
+
     media: MediaTiles
 
     @property
@@ -40,18 +60,38 @@ class Sample:
         return self.media.frames
 
     @property
-    def tokens(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def loss_tokens(self) -> int:
-        """How many tokens are predicted."""
-        return int((self.labels != IGNORE).sum())
-
-    @property
     def tiles(self) -> int:
         """What the tower has to encode, in tiles (with tiling `native` in patches)."""
         return len(self.images) + len(self.frames)
+
+
+@dataclass(frozen=True)
+class PlannedSample(_Tokens):
+    """A document whose text is the `Sample`'s and whose media are yet to be read: by several ranks, each a part."""
+
+    planned: PlannedMedia
+
+    @property
+    def media(self) -> MediaTiles:
+        """The shapes of its tiles; the pixels are zeros that take no memory."""
+        return self.planned.blank()
+
+    @property
+    def tiles(self) -> int:
+        """As `Sample.tiles`."""
+        plan = self.planned.plan
+        frames = sum(video.frames * video.grid[0] * video.grid[1] for video in plan.videos)
+        return sum(image.tiles for image in plan.images) + frames
+
+    @property
+    def digest(self) -> str:
+        """Of its text and of what is planned: ranks that share the document must have the same."""
+        digest = blake2b(digest_size=8)
+        plan = self.planned.plan
+        for numbers in (self.input_ids, self.labels, *(video.times_s for video in plan.videos)):
+            digest.update(numbers.tobytes())
+        digest.update(repr((self.key, self.planned.sizes, [video.size for video in plan.videos])).encode())
+        return digest.hexdigest()
 
 
 def encode(document: Document, processor: FoveateProcessor, limits: MediaLimits | None = None) -> Sample:
@@ -60,9 +100,32 @@ def encode(document: Document, processor: FoveateProcessor, limits: MediaLimits 
     Raises:
         DocumentError: a medium can't be read, the document has no tokens, or its text holds a media placeholder.
     """
-    with _naming(document.key):
+    with naming(document.key):
         media = _read(document, processor, limits or MediaLimits())
-    texts = {Image: iter(media.image_texts), Video: iter(media.video_texts)}
+    input_ids, labels = _tokenized(document, processor, media.image_texts, media.video_texts)
+    return Sample(document.key, input_ids, labels, replace(media, image_texts=(), video_texts=()))
+
+
+def plan_document(document: Document, processor: FoveateProcessor, limits: MediaLimits | None = None) -> PlannedSample:
+    """As `encode`, but of its media only headers are read and packets counted: no pixel is decoded.
+
+    Raises:
+        DocumentError: as `encode`, but for pixels that can't be decoded.
+    """
+    with naming(document.key):
+        media = _planned(document, processor, limits or MediaLimits())
+    image_texts = [processor.image_text(one) for one in media.plan.images]
+    video_texts = [one.text for one in media.plan.videos]
+    input_ids, labels = _tokenized(document, processor, image_texts, video_texts)
+    plan = replace(media.plan, videos=tuple(replace(one, text="") for one in media.plan.videos))
+    return PlannedSample(document.key, input_ids, labels, replace(media, plan=plan))
+
+
+def _tokenized(
+    document: Document, processor: FoveateProcessor, image_texts: Sequence[str], video_texts: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and labels, int64 [tokens] each, from what the placeholders of the document's media become."""
+    texts = {Image: iter(image_texts), Video: iter(video_texts)}
     text = ""
     spans: list[tuple[int, int]] = []  # characters on which loss falls
     for part in document.parts:
@@ -88,7 +151,7 @@ def encode(document: Document, processor: FoveateProcessor, limits: MediaLimits 
         inside = (offsets[:, 0] < end) & (offsets[:, 1] > start)
         labels[inside] = input_ids[inside]
     labels[0] = IGNORE
-    return Sample(document.key, input_ids, labels, replace(media, image_texts=(), video_texts=()))
+    return input_ids, labels
 
 
 def media_of(document: Document) -> tuple[list[Any], list[VideoSource]]:
@@ -101,6 +164,20 @@ def _read(document: Document, processor: FoveateProcessor, limits: MediaLimits) 
     images, videos = media_of(document)
     queries = drawn_queries(document.key, processor)
     media = processor.read_media([images], [videos], query_tokens=queries, limits=limits)[0]
+    _check_tiles(media, processor)
+    return media
+
+
+def _planned(document: Document, processor: FoveateProcessor, limits: MediaLimits) -> PlannedMedia:
+    images, videos = media_of(document)
+    queries = drawn_queries(document.key, processor)
+    media = processor.plan_media(images, videos, query_tokens=queries, limits=limits)
+    _check_tiles(media.blank(), processor)
+    return media
+
+
+def _check_tiles(media: MediaTiles, processor: FoveateProcessor) -> None:
+    """Refuses tiles of a lower resolution: a batch's tiles are all of one size."""
     for tiles, tiling in ((media.images, processor.image_tiling), (media.frames, processor.video_tiling)):
         if tiling.scheme != "native" and len(tiles) and tiles.shape[1:3] != tiling.tile:
             raise BudgetError(
@@ -108,7 +185,6 @@ def _read(document: Document, processor: FoveateProcessor, limits: MediaLimits) 
                 f"{tiles.shape[2]} pixels; training accepts what fits with fewer frames and tiles, of "
                 f"{tiling.tile[0]}x{tiling.tile[1]}"
             )
-    return media
 
 
 def drawn_queries(key: str, processor: FoveateProcessor) -> int | None:
@@ -123,7 +199,8 @@ def drawn_queries(key: str, processor: FoveateProcessor) -> int | None:
 
 
 @contextmanager
-def _naming(key: str) -> Iterator[None]:
+def naming(key: str) -> Iterator[None]:
+    """Makes errors of media DocumentErrors of this document."""
     try:
         yield
     except MediaError as error:

@@ -4,6 +4,9 @@ A step has a fixed number of micro-batches. Each belongs to a *group*: group g p
 g, g + groups, g + 2·groups, … of the mixture. A rank owns groups / ranks of them, so what a step holds depends neither
 on the number of ranks nor on the number of workers. The state is positions alone: what waits to be packed is read
 again, and nothing else is replayed.
+
+Where several ranks share each micro-batch (`sequence.py`), each of them plans the documents of the same groups, and
+they compare what they have packed; media are read when a step's rows are chosen, each rank its own parts.
 """
 
 import os
@@ -14,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -22,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from .document import Document, DocumentError
 from .mixture import Mixture
 from .packing import Batch, Packer, RowFacts, Waiting, choose_rows
+from .sequence import SequenceCollate, SequenceMismatchError
 
 CHUNK = 4  # documents a worker reads at a time
 SURELY_SEEN = 1000  # documents on which `max_bad_fraction` is judged at least
@@ -88,22 +93,47 @@ class Share:
     """Which groups a rank owns, and how ranks tell each other of theirs.
 
     Args:
-        rank, ranks: this one, and how many.
-        gather: all-gather of an object; from one thread only.
+        rank, ranks: this one, and how many; of sequence groups where several ranks share each micro-batch.
+        gather: all-gather of an object, over all processes; from one thread only.
+        sequence: processes of a sequence group: `rank` has the processes rank · sequence and after.
     """
 
     rank: int = 0
     ranks: int = 1
     gather: Callable[[Any], list[Any]] = field(default=lambda value: [value])
+    sequence: int = 1
 
     def groups(self, of: int) -> range:
         """Raises ValueError where the groups can't be shared out evenly."""
         if of % self.ranks:
             raise ValueError(
-                f"{of} micro-batches a step can't be shared by {self.ranks} processes; accepted: a multiple of them"
+                f"{of} micro-batches a step can't be shared by {self.ranks} "
+                f"{'processes' if self.sequence == 1 else 'sequence groups'}; accepted: a multiple of them"
             )
         each = of // self.ranks
         return range(self.rank * each, (self.rank + 1) * each)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a rank tells the others before a step."""
+
+    facts: dict[int, list[RowFacts]]  # of the rows in each group's reserve
+    keys: dict[int, list[list[str]]]  # of their documents, where they are logged
+    bad: list[BadDocument]
+    seen: int
+    flag: bool
+    hopeless: bool  # it stopped reading, because it found nothing but bad ones
+    digest: bytes  # of what it has packed, where others pack the same
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A group's micro-batch, as told to all."""
+
+    facts: list[RowFacts]
+    keys: list[str]
+    positions: int
 
 
 @dataclass(frozen=True)
@@ -150,6 +180,10 @@ class _Row:
     @property
     def items(self) -> list[Any]:
         return [waiting.sample for waiting in self.waiting]
+
+    @property
+    def keys(self) -> list[str]:
+        return [waiting.sample.key for waiting in self.waiting]
 
 
 class _Group(Generic[AnyItem]):
@@ -209,7 +243,7 @@ class Loader(Generic[AnyItem]):
         mixture: the documents.
         packing: budgets, groups.
         encode: a document to an item, in the workers.
-        collate: rows of items to a batch.
+        collate: rows of items to a batch; where ranks share micro-batches a `SequenceCollate`, of planned documents.
         cost: what an item costs to compute, in any unit.
         share: this rank's part.
         workers: processes that read and encode; 0 does it in this one.
@@ -224,7 +258,7 @@ class Loader(Generic[AnyItem]):
         mixture: Mixture,
         packing: Packing,
         encode: Callable[[Document], AnyItem],
-        collate: Callable[[list[list[AnyItem]]], Batch],
+        collate: Callable[[list[list[AnyItem]]], Batch] | SequenceCollate,
         cost: Callable[[AnyItem], float],
         share: Share | None = None,
         workers: int = 0,
@@ -238,7 +272,14 @@ class Loader(Generic[AnyItem]):
         self.log_keys, self.flag = log_keys, flag
         ends = [end for end in (mixture.documents, limit) if end is not None]
         self.total = min(ends) if ends else None
+        degree = collate.topology.degree if isinstance(collate, SequenceCollate) else 1
+        if self.share.sequence != degree:
+            raise ValueError(
+                f"share.sequence is {self.share.sequence}, but batches are made for {degree} ranks; both must be equal"
+            )
         self.own = list(self.share.groups(packing.groups))
+        self.plans = isinstance(collate, SequenceCollate)  # media are read once the rows are chosen
+        self.unread = False  # what waited in a restored state had only been planned
         self.step = self.seen = self.documents_done = 0
         self.bad_counts: dict[str, int] = {}
         self.new_bad: list[BadDocument] = []
@@ -267,6 +308,7 @@ class Loader(Generic[AnyItem]):
             "named_bad": [asdict(bad) for bad in self.named_bad],
             "groups": [group.state() for group in self.groups.values()],
             "packing": asdict(self.packing),
+            "planned": self.plans,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -288,6 +330,7 @@ class Loader(Generic[AnyItem]):
             setattr(self, name, state[name])
         self.bad_counts = dict(state["bad_counts"])
         self.named_bad = [BadDocument(**bad) for bad in state["named_bad"]]
+        self.unread = state.get("planned", False) and not self.plans
         self._reset(state["groups"])
 
     # Reading
@@ -342,11 +385,15 @@ class Loader(Generic[AnyItem]):
         items = {}
         for _ in range(count):
             position, item = self._arrive(group)
-            if isinstance(item, BadDocument):
+            if not isinstance(item, BadDocument):
+                items[position] = Waiting(position, item)
+            elif self.unread:
+                self.new_bad.append(item)
+            else:
                 raise DocumentError(item.key, item.reason, f"was read before the stop, now it can't be: {item.message}")
-            items[position] = Waiting(position, item)
-        group.pool = [self._row(since, [items[p] for p in row]) for since, row in state["pool"]]
-        group.packer.waiting = [items[p] for p in state["waiting"]]
+        rows = [(since, [items[p] for p in row if p in items]) for since, row in state["pool"]]
+        group.pool = [self._row(since, row) for since, row in rows if row]
+        group.packer.waiting = [items[p] for p in state["waiting"] if p in items]
 
     def _fill(self, group: _Group) -> None:
         """Packs rows until the reserve is there, or the data ended."""
@@ -375,52 +422,127 @@ class Loader(Generic[AnyItem]):
 
         Raises:
             TooManyBadError: on all ranks at the same step.
+            SequenceMismatchError: ranks that share micro-batches have packed different documents; on all ranks.
         """
         if self.arrivals is None:
             self.start_workers()
+        step = self._make([])
+        while step is not None and not step.documents:  # none of them could be read
+            step = self._make(step.bad)
+        return step
+
+    def _make(self, bad: list[BadDocument]) -> Step | None:
+        """A step; `bad` were found for it before."""
         self.seen_here = 0
         for group in self.groups.values():
             self._fill(group)
-        facts = {g: [row.facts for row in group.pool] for g, group in self.groups.items()}
-        keys = {
-            g: [[item.key for item in row.items] for row in group.pool]
-            for g, group in self.groups.items()
-            if self.log_keys
-        }
-        hopeless = len(self.new_bad) > self._bad_accepted(self.seen + self.seen_here)
-        told = self.share.gather((facts, self.new_bad, self.seen_here, self.flag(), keys, hopeless))
+        told: list[_Told] = self.share.gather(self._tell())
+        self._check_same(told)
+        flagged, hopeless = any(each.flag for each in told), any(each.hopeless for each in told)
+        told = told[:: self.share.sequence]  # one of those that tell the same
         self.new_bad = []
-        bad = [item for each in told for item in each[1]]
-        self.seen += sum(each[2] for each in told)
-        self._count_bad(bad, any(each[5] for each in told))
-        pools = {g: pool for each in told for g, pool in each[0].items()}
+        bad = [*bad, *(item for each in told for item in each.bad)]
+        self.seen += sum(each.seen for each in told)
+        self._count_bad([item for each in told for item in each.bad], hopeless)
+        pools = {g: pool for each in told for g, pool in each.facts.items()}
         chosen = choose_rows([pools[g] for g in sorted(pools)], self.packing.rows, self.step, PATIENCE)
-        rows = {g: [pools[g][i] for i in numbers] for g, numbers in enumerate(chosen)}
-        if not any(rows.values()):
+        if not any(chosen):
             return None
-        progress = self.documents_done / self.total if self.total else 0.0
-        documents = sum(row.documents for of in rows.values() for row in of)
-        self.documents_done += documents
-        self.step += 1
-        micro = []
+        rows = {g: [group.pool[i] for i in chosen[g]] for g, group in self.groups.items()}
         for g, group in self.groups.items():
-            micro.append(self.collate([group.pool[i].items for i in chosen[g]]))
             group.pool = [row for i, row in enumerate(group.pool) if i not in chosen[g]]
-        all_keys = {g: named for each in told for g, named in each[4].items()}
+        progress = self.documents_done / self.total if self.total else 0.0
+        if isinstance(self.collate, SequenceCollate):
+            micro, taken, unread = self._read(rows, self.collate)
+            self._count_bad(unread, False)
+            bad += unread
+        else:
+            micro = [self.collate([row.items for row in of]) for of in rows.values()]
+            keys = {g: named for each in told for g, named in each.keys.items()}
+            taken = {}
+            for g, numbers in enumerate(chosen):
+                facts = [pools[g][i] for i in numbers]
+                named = [key for i in numbers for key in keys[g][i]] if self.log_keys else []
+                taken[g] = _Taken(facts, named, len(facts) * max([row.tokens for row in facts], default=0))
+        facts = [row for g in sorted(taken) for row in taken[g].facts]
+        documents = sum(row.documents for row in facts)
+        self.documents_done += documents
+        self.step += bool(documents)
         return Step(
             micro,
-            sum(row.loss_tokens for of in rows.values() for row in of),
-            sum(row.tokens for of in rows.values() for row in of),
-            sum(len(of) * max(row.tokens for row in of) for of in rows.values() if of),
+            sum(row.loss_tokens for row in facts),
+            sum(row.tokens for row in facts),
+            sum(one.positions for one in taken.values()),
             documents,
-            [sum(row.cost for row in rows[g]) for g in sorted(rows)],
+            [sum(row.cost for row in taken[g].facts) for g in sorted(taken)],
             progress,
-            [key for g in sorted(all_keys) for i in chosen[g] for key in all_keys[g][i]] if self.log_keys else None,
+            [key for g in sorted(taken) for key in taken[g].keys] if self.log_keys else None,
             bad,
             dict(self.bad_counts),
-            any(each[3] for each in told),
+            flagged,
             self.state_dict(),
         )
+
+    def _tell(self) -> _Told:
+        keys = {g: [row.keys for row in group.pool] for g, group in self.groups.items() if self.log_keys}
+        return _Told(
+            {g: [row.facts for row in group.pool] for g, group in self.groups.items()},
+            keys,
+            self.new_bad,
+            self.seen_here,
+            self.flag(),
+            len(self.new_bad) > self._bad_accepted(self.seen + self.seen_here),
+            blake2b(repr(self._packed()).encode(), digest_size=16).digest() if self.share.sequence > 1 else b"",
+        )
+
+    def _packed(self) -> list[tuple]:
+        """What ranks that share micro-batches must have alike: documents found bad, and those packed."""
+        packed = [w for group in self.groups.values() for row in group.pool for w in row.waiting]
+        bad: list[tuple] = [(item.key, item.reason) for item in self.new_bad]
+        return bad + [(waiting.sample.key, waiting.position, waiting.sample.digest) for waiting in packed]
+
+    def _check_same(self, told: list[_Told]) -> None:
+        """That each sequence group has packed the same; all ranks call it."""
+        size = self.share.sequence
+        first = [each for each in told[::size] for _ in range(size)]
+        differ = [rank for rank, (one, other) in enumerate(zip(told, first, strict=True)) if one.digest != other.digest]
+        if not differ:
+            return
+        packed = self.share.gather(self._packed())
+        rank, against = differ[0], differ[0] // size * size
+        its, theirs = set(packed[rank]), set(packed[against])
+        key = next((entry[0] for entry in [*packed[rank], *packed[against]] if (entry in its) != (entry in theirs)), "")
+        more = f", and so do ranks {', '.join(map(str, differ[1:]))} from theirs" if differ[1:] else ""
+        raise SequenceMismatchError(
+            f"ranks {against} and {rank} share their sequences, but differ in what they packed{more}: {key} "
+            f"{_described(packed[against], key)} on rank {against}, {_described(packed[rank], key)} on rank {rank}; "
+            "accepted: the same files on every node"
+        )
+
+    def _read(
+        self, rows: dict[int, list[_Row]], collate: SequenceCollate
+    ) -> tuple[list[Batch], dict[int, _Taken], list[BadDocument]]:
+        """Reads this rank's parts of its groups' packs.
+
+        Returns:
+            Its micro-batches; what all groups take; and documents that a rank could not read, which all leave out.
+        """
+        packs = {g: [item for row in of for item in row.items] for g, of in rows.items()}
+        readings = {g: collate.read(pack) for g, pack in packs.items()}
+        unread: dict[tuple[int, int], BadDocument] = {}  # by group and number in its pack
+        for each in self.share.gather({g: reading.unread for g, reading in readings.items()}):
+            for g, errors in each.items():
+                for number, error in errors.items():
+                    unread.setdefault((g, number), BadDocument(error.key, error.reason, error.message))
+        micro, own = [], {}
+        for g, of in rows.items():
+            without = {number for group, number in unread if group == g}
+            micro.append(collate(packs[g], readings[g], without))
+            waiting = [w for row in of for w in row.waiting]
+            row = self._row(0, [w for number, w in enumerate(waiting) if number not in without])
+            own[g] = _Taken([row.facts], row.keys, collate.plan([item.tokens for item in row.items]).padded_tokens)
+        taken = {g: one for each in self.share.gather(own)[:: self.share.sequence] for g, one in each.items()}
+        return micro, taken, [unread[place] for place in sorted(unread)]
 
     def _row(self, since: int, waiting: list[Waiting]) -> _Row:
         items: list[Any] = [one.sample for one in waiting]
@@ -437,7 +559,7 @@ class Loader(Generic[AnyItem]):
         return int(self.max_bad_fraction * max(seen, SURELY_SEEN))
 
     def _count_bad(self, bad: list[BadDocument], hopeless: bool) -> None:
-        """`hopeless`: a rank stopped reading because it found nothing but bad ones."""
+        """Raises TooManyBadError; `hopeless`: a rank stopped reading."""
         for item in bad:
             self.bad_counts[item.reason] = self.bad_counts.get(item.reason, 0) + 1
         self.named_bad = [*self.named_bad, *bad][:NAMED_AT_MOST]
@@ -466,6 +588,14 @@ class _Requests:
         return self.generate()
 
 
+def _described(packed: list[tuple], key: str) -> str:
+    """What became of a document on a rank that has packed these."""
+    entry = next((entry for entry in packed if entry[0] == key), None)
+    if entry is None:
+        return "is not packed"
+    return f"can't be used ({entry[1]})" if len(entry) == 2 else f"is packed at position {entry[1]} (digest {entry[2]})"
+
+
 def _unchanged(items: Any) -> Any:
     return items
 
@@ -487,8 +617,9 @@ def _begin_worker(worker: int) -> None:
 
 
 def merge_states(states: Sequence[dict]) -> dict:
-    """The states of all ranks as one, for any number of ranks to load."""
-    return states[0] | {"groups": sorted((g for s in states for g in s["groups"]), key=lambda group: group["group"])}
+    """The states of all ranks as one, for any number of ranks to load; a group that several ranks share comes once."""
+    groups = {group["group"]: group for state in states for group in state["groups"]}
+    return states[0] | {"groups": [groups[number] for number in sorted(groups)]}
 
 
 class Prefetched:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +13,10 @@ from .encoding import IGNORE, Sample
 
 @dataclass(frozen=True)
 class Waiting:
-    """A sample and its position in the mixture."""
+    """A sample, maybe only planned, and its position in the mixture."""
 
     position: int
-    sample: Sample
+    sample: Any
 
 
 class Packer:
@@ -105,7 +106,7 @@ def choose_rows(pools: Sequence[Sequence[RowFacts]], rows: int, step: int, patie
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed rows as tensors.
+    """Packed rows as tensors, or one rank's share of them (see `sequence.py`).
 
     `inputs` holds what the model's `forward` takes: `input_ids`, `position_ids` and `labels` [rows, tokens],
     and where there are media what `FoveateProcessor.media_inputs` gives. Position ids restart at every document, and no
@@ -113,7 +114,7 @@ class Batch:
     documents don't see each other.
     """
 
-    inputs: dict[str, torch.Tensor]
+    inputs: dict[str, Any]
     keys: tuple[str, ...]
     lengths: tuple[int, ...]  # tokens of each document
     tiles: tuple[int, ...]  # of each document

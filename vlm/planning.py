@@ -80,6 +80,40 @@ class Clip:
     loaded: Video | None
 
 
+@dataclass(frozen=True)
+class PlannedMedia:
+    """The media of one text, planned but not read; `FoveateProcessor.read_image` and `read_frames` read parts of them.
+
+    Attributes:
+        plan: what they become.
+        images: each image's source.
+        sizes: each image's (height, width) in pixels.
+        clips: the videos.
+    """
+
+    plan: MediaPlan
+    images: tuple[Any, ...]
+    sizes: tuple[Size, ...]
+    clips: tuple[Clip, ...]
+
+    def blank(self) -> MediaTiles:
+        """The shapes of what would be read: the pixels are zeros that take no memory."""
+        images, videos = self.plan.images, self.plan.videos
+        frames = sum(one.frames * one.grid[0] * one.grid[1] for one in videos)
+        return MediaTiles(
+            _no_pixels(sum(one.tiles for one in images), images[0].tile if images else (1, 1)),
+            _no_pixels(frames, videos[0].tile if videos else (1, 1)),
+            np.array([one.grid for one in images], np.int64).reshape(-1, 2),
+            np.array(self.sizes, np.int64).reshape(-1, 2),
+            np.array([(one.frames, *one.grid) for one in videos], np.int64).reshape(-1, 3),
+            self.plan.image_tiling.tokens_per_tile,
+        )
+
+
+def _no_pixels(tiles: int, tile: Size) -> np.ndarray:
+    return np.broadcast_to(np.zeros((), np.uint8), (tiles, *tile, 3))
+
+
 def thinned(frames: np.ndarray, count: int) -> np.ndarray:
     """So many of the frames (or of their times), evenly, as `sample_indices` takes them."""
     if count == len(frames):

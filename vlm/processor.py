@@ -14,8 +14,17 @@ from transformers import AutoTokenizer, BatchFeature, ImageProcessingMixin, PreT
 from transformers.processing_utils import TextKwargs
 
 from .config import FoveateConfig
-from .media import DEFAULT_LIMITS, MediaLimits, Video, load_image, load_video, probe_image, sample_video
-from .planning import Clip, MediaPlan, MediaTiles, VideoSource, plan_texts, thinned
+from .media import (
+    DEFAULT_LIMITS,
+    MediaError,
+    MediaLimits,
+    Video,
+    load_image,
+    load_video,
+    probe_image,
+    sample_video,
+)
+from .planning import Clip, MediaPlan, MediaTiles, PlannedMedia, VideoSource, plan_texts, thinned
 from .tiling import ImagePlan, Tiling, normalise, to_tiles
 from .video import TIMESTAMPS, VideoPlan, time_texts, time_token
 
@@ -303,9 +312,21 @@ class FoveateProcessor(ProcessorMixin):
             MediaError: a medium's size can't be read.
             BudgetError: not even the lowest resolution fits the budget.
         """
+        return self.plan_media(images, videos, max_visual_tokens, query_tokens, limits).plan
+
+    def plan_media(
+        self,
+        images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
+        max_visual_tokens: int | None = None,
+        query_tokens: int | None = None,
+        limits: MediaLimits = DEFAULT_LIMITS,
+    ) -> PlannedMedia:
+        """As `plan`, with what reading the media later needs."""
         sizes = [size if _is_size(size) else probe_image(size, limits) for size in images]
         clips = [self._clip(video, limits, sampled=True) for video in videos]
-        return self._plans([sizes], [clips], max_visual_tokens, query_tokens)[0]
+        plan = self._plans([sizes], [clips], max_visual_tokens, query_tokens)[0]
+        return PlannedMedia(plan, tuple(images), tuple(sizes), tuple(clips))
 
     def _plans(
         self,
@@ -366,6 +387,9 @@ class FoveateProcessor(ProcessorMixin):
             "limits": limits,
         }
         if isinstance(source, list | tuple | np.ndarray):
+            if sampled:
+                _, times_s = sample_video(source, num_frames=count, **sampling)
+                return Clip(wanted, probe_image(source[0], limits), times_s, None)
             loaded = load_video(source, num_frames=count, **sampling)
             return self._clip(loaded, limits, sampled)
         if count is None and wanted.fps is None:
@@ -379,15 +403,17 @@ class FoveateProcessor(ProcessorMixin):
         loaded = load_video(source, num_frames=count, size=size, backend=self.video_backend, **sampling)
         return Clip(wanted, (loaded.frames.shape[1], loaded.frames.shape[2]), loaded.timestamps_s, loaded)
 
-    def _frames(self, clip: Clip, plan: VideoPlan, tiling: Tiling, limits: MediaLimits) -> np.ndarray:
-        """The frames of a plan, uint8 [tiles, height, width, 3]."""
+    def _frames(
+        self, clip: Clip, plan: VideoPlan, tiling: Tiling, limits: MediaLimits, part: slice = slice(None)
+    ) -> np.ndarray:
+        """The frames of a plan, or some of them, uint8 [tiles, height, width, 3]."""
         if clip.loaded is None:
-            size = plan.size if self.resample == Image.Resampling.BICUBIC else None  # what decoding resizes with
-            backend = self.video_backend
-            loaded = load_video(clip.wanted.source, times_s=plan.times_s, size=size, backend=backend, limits=limits)
-            frames = loaded.frames
+            source, times_s, size = clip.wanted.source, plan.times_s[part], None
+            if self.resample == Image.Resampling.BICUBIC and not isinstance(source, list | tuple | np.ndarray):
+                size = plan.size  # files are resized with it as they are decoded
+            frames = load_video(source, times_s=times_s, size=size, backend=self.video_backend, limits=limits).frames
         else:
-            frames = thinned(clip.loaded.frames, plan.frames)
+            frames = thinned(clip.loaded.frames, plan.frames)[part]
         if tiling.scheme != "native":
             return frames if frames.shape[1:3] == plan.size else to_tiles(frames, plan.size, self.resample)
         one = tiling.plan(*clip.size)
@@ -419,6 +445,38 @@ class FoveateProcessor(ProcessorMixin):
         plans = self._plans(sizes, clips, max_visual_tokens, query_tokens)
         return [self.cut(*one, limits) for one in zip(plans, pictures, clips, strict=True)]
 
+    def read_image(self, media: PlannedMedia, number: int, limits: MediaLimits = DEFAULT_LIMITS) -> np.ndarray:
+        """One planned image, uint8 [tiles, height, width, 3].
+
+        Raises:
+            MediaError: it can't be read, or has not the size that its header told.
+        """
+        image, size = load_image(media.images[number], limits), media.sizes[number]
+        if (image.height, image.width) != size:
+            raise MediaError(
+                f"an image has {image.height}x{image.width} pixels (height x width), but its header told "
+                f"{size[0]}x{size[1]}; both must be equal"
+            )
+        return media.plan.image_tiling.cut(image, media.plan.images[number], self.resample)
+
+    def read_frames(
+        self, media: PlannedMedia, number: int, frames: range, limits: MediaLimits = DEFAULT_LIMITS
+    ) -> np.ndarray:
+        """Consecutive frames of a planned video, uint8 [tiles, height, width, 3]; no frame before the keyframe that
+        they need is decoded, and none after them.
+
+        Args:
+            media: from `plan_media`.
+            number: of the video.
+            frames: of the planned ones.
+            limits: see `media.py`.
+
+        Raises:
+            MediaError: one of them can't be read.
+        """
+        part = slice(frames.start, frames.stop)
+        return self._frames(media.clips[number], media.plan.videos[number], media.plan.video_tiling, limits, part)
+
     def cut(
         self,
         plan: MediaPlan,
@@ -448,11 +506,11 @@ class FoveateProcessor(ProcessorMixin):
             image_sizes=np.array([(image.height, image.width) for image in images], np.int64).reshape(-1, 2),
             video_grids=np.array([(one.frames, *one.grid) for one in plan.videos], np.int64).reshape(-1, 3),
             queries=tiling.tokens_per_tile,
-            image_texts=tuple(self._image_text(one) for one in plan.images),
+            image_texts=tuple(self.image_text(one) for one in plan.images),
             video_texts=tuple(one.text for one in plan.videos),
         )
 
-    def _image_text(self, plan: ImagePlan) -> str:
+    def image_text(self, plan: ImagePlan) -> str:
         """The text that an image's placeholder becomes."""
         tokens = self.image_token * plan.tokens
         if self.tile_separator:

@@ -1,7 +1,6 @@
 import json
 from collections import Counter
 from collections.abc import Callable
-from threading import Barrier, Thread
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,8 @@ from foveate.data.mixture import Mixture
 from foveate.data.packing import collate
 from foveate.vlm.planning import MediaTiles
 from foveate.vlm.processor import FoveateProcessor
+
+from .ranks import in_threads
 
 PACKING = Packing(rows=2, groups=4, tokens=64, tiles=8, window=6, reserve=3)
 
@@ -70,36 +71,7 @@ def run(loader: Loader | Prefetched, steps: int) -> list[Step]:
 
 def ranked(make_one: Callable[[Share], Any], ranks: int, work: Callable[[Any], Any]) -> list[Any]:
     """Work of several ranks, each in a thread, whose gather waits for all."""
-    barrier, told = Barrier(ranks, timeout=60), [None] * ranks
-    results: list[Any] = [None] * ranks
-
-    def gather(rank: int) -> Callable[[Any], list[Any]]:
-        def all_gather(value: Any) -> list[Any]:
-            told[rank] = value
-            barrier.wait()
-            copy = list(told)
-            barrier.wait()
-            return copy
-
-        return all_gather
-
-    def each(rank: int) -> None:
-        try:
-            results[rank] = work(make_one(Share(rank, ranks, gather(rank))))
-        except Exception as error:
-            results[rank] = error
-            if not isinstance(error, TooManyBadError):
-                barrier.abort()
-
-    threads = [Thread(target=each, args=(rank,)) for rank in range(ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    for result in results:
-        if isinstance(result, Exception) and not isinstance(result, TooManyBadError):
-            raise result
-    return results
+    return in_threads(ranks, lambda rank, gather: work(make_one(Share(rank, ranks, gather))))
 
 
 def same_batches(a: list[Step], b: list[Step]) -> None:
