@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,8 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+
+from .peers import ADVICE, Watch
 
 Group = Literal["main", "data", "checkpoint"]
 
@@ -30,6 +33,9 @@ class World:
 
     The groups `data` and `checkpoint` are for the threads of those names: calls of one group come in the same order on
     every rank, which threads that shared a group could not promise.
+
+    Attributes:
+        hosts: names of the machines of all ranks; none where it is alone.
     """
 
     rank: int = 0
@@ -37,6 +43,7 @@ class World:
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     groups: Mapping[Group, dist.ProcessGroup] = field(default_factory=dict, repr=False)
+    hosts: tuple[str, ...] = ()
 
     def gather(self, value: Any, group: Group = "main") -> list[Any]:
         """Every rank's value, by rank; all ranks call it."""
@@ -54,7 +61,7 @@ class World:
 
 
 @contextlib.contextmanager
-def init_world(device: str | None = None, timeout_s: float = 1800) -> Iterator[World]:
+def init_world(device: str | None = None, timeout_s: float = 1800, advice: str = ADVICE) -> Iterator[World]:
     """Joins the processes that torchrun, DeepSpeed's launcher or srun started; alone without them.
 
     srun without torchrun is taken where MASTER_ADDR is set and RANK is not.
@@ -62,9 +69,11 @@ def init_world(device: str | None = None, timeout_s: float = 1800) -> Iterator[W
     Args:
         device: `cpu`, `cuda` or `cuda:1`; a GPU where there is one. `cuda` is the one of this process on its node.
         timeout_s: how long a rank waits for the others before it fails.
+        advice: what to do where another process is gone.
 
     Raises:
         LaunchError: the environment is incomplete, or there is no such device.
+        ProcessLostError, SystemExit: another process is gone; see `Watch.explain`.
     """
     launched = _launched(os.environ)
     rank, size, local_rank = (int(launched[name]) for name in RANKS) if launched else (0, 1, 0)
@@ -74,6 +83,8 @@ def init_world(device: str | None = None, timeout_s: float = 1800) -> Iterator[W
         torch.cuda.set_device(where)
     timeout = timedelta(seconds=timeout_s)
     groups: dict[Group, dist.ProcessGroup] = {}
+    hosts: list[str] = []
+    watch: Watch | None = None
     failed = False
     with _environment(launched):
         try:
@@ -84,11 +95,18 @@ def init_world(device: str | None = None, timeout_s: float = 1800) -> Iterator[W
                 groups["main"] = dist.group.WORLD
                 for name in ("data", "checkpoint"):
                     groups[name] = dist.new_group(backend="gloo", timeout=timeout)
-            yield World(rank, size, local_rank, where, groups)
-        except BaseException:
+                hosts = [""] * size
+                dist.all_gather_object(hosts, socket.gethostname(), groups["data"])
+                watch = Watch(rank, hosts, timeout_s, advice)
+            yield World(rank, size, local_rank, where, groups, tuple(hosts))
+        except BaseException as error:
             failed = True
+            if watch:
+                watch.explain(error)
             raise
         finally:
+            if watch:
+                watch.leave(failed)
             groups.clear()
             # Leaving NCCL waits for the others: after a failure they may be stuck, and end when this process does.
             if dist.is_initialized() and not (failed and on_gpu):  # DeepSpeed makes itself a group of one process

@@ -6,11 +6,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..data.loader import Share
 from ..vlm.model import FoveateForConditionalGeneration
 from .build import build_config
 from .engine import deepspeed_config
 from .optimizer import set_trainable
+from .parallel import check_parallel
 from .recipe import LoraRecipe, Recipe, RecipeError, StageRecipe
 from .stages import check_sources, make_loader, make_mixture
 
@@ -40,6 +40,7 @@ def dry_run(recipe: Recipe, processes: int = 1) -> list[StageCheck]:
         RecipeError, SourceError, TooManyBadError, ValueError: as training would raise them.
     """
     check_sources(recipe)
+    check_parallel(recipe, processes)
     if recipe.engine != "torch":
         deepspeed_config(recipe.engine)
     config, processor = build_config(recipe.model)
@@ -47,7 +48,6 @@ def dry_run(recipe: Recipe, processes: int = 1) -> list[StageCheck]:
         model = FoveateForConditionalGeneration._from_config(config)
     checks = []
     for number, stage in enumerate(recipe.stages):
-        Share(0, processes).groups(stage.batch.micro_batches)
         set_trainable(model, stage.model_copy(update=_without_lora(stage)))
         loader = make_loader(recipe, number, config, processor)
         try:
@@ -64,7 +64,7 @@ def dry_run(recipe: Recipe, processes: int = 1) -> list[StageCheck]:
                 f"{stage.steps} steps" if stage.steps else f"{stage.epochs} epochs",
                 loader.mixture.documents,
                 sum(p.numel() for p in model.parameters() if p.requires_grad),
-                stage.batch.micro_batches // processes,
+                stage.batch.micro_batches // (processes // recipe.parallel_of(stage).degree),
                 step.tokens,
                 step.loss_tokens,
                 sum(sum(batch.tiles) for batch in step.micro),

@@ -61,11 +61,11 @@ class Micro:
     """A micro-batch.
 
     Attributes:
-        inputs: what the module's forward takes, on the CPU.
+        inputs: what the module's forward takes: tensors on the CPU, which are moved, and what is none.
         keys: its documents, for errors.
     """
 
-    inputs: dict[str, torch.Tensor]
+    inputs: dict[str, Any]
     keys: tuple[str, ...]
 
 
@@ -256,10 +256,10 @@ class Engine(ABC):
         """Gives the module back with the weights that it has, whole and without hooks. Collective."""
 
     @abstractmethod
-    def _forward(self, inputs: dict[str, torch.Tensor], total: float) -> torch.Tensor: ...
+    def _forward(self, inputs: dict[str, Any], total: float) -> torch.Tensor: ...
 
     @abstractmethod
-    def _forward_backward(self, inputs: dict[str, torch.Tensor], total: float, last: bool) -> torch.Tensor:
+    def _forward_backward(self, inputs: dict[str, Any], total: float, last: bool) -> torch.Tensor:
         """Adds a micro-batch's gradient, after the last one summed over ranks. Returns the loss."""
 
     @abstractmethod
@@ -304,8 +304,11 @@ class Engine(ABC):
     def _set_slot(self, parameter: nn.Parameter, slot: str, value: torch.Tensor) -> None:
         self.optimizer.state[parameter][slot].copy_(value)
 
-    def _on_device(self, batch: Micro) -> dict[str, torch.Tensor]:
-        return {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in batch.inputs.items()}
+    def _on_device(self, batch: Micro) -> dict[str, Any]:
+        return {
+            name: value.to(self.world.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.inputs.items()
+        }
 
     def _summed(self, *values: torch.Tensor) -> list[float]:
         """Scalars, summed over ranks."""
@@ -369,11 +372,11 @@ class TorchEngine(Engine):
         enabled = self.precision == "bf16"
         return torch.autocast(self.world.device.type, torch.bfloat16) if enabled else contextlib.nullcontext()
 
-    def _forward(self, inputs: dict[str, torch.Tensor], total: float) -> torch.Tensor:
+    def _forward(self, inputs: dict[str, Any], total: float) -> torch.Tensor:
         with self._autocast():
             return self.module(inputs, total)
 
-    def _forward_backward(self, inputs: dict[str, torch.Tensor], total: float, last: bool) -> torch.Tensor:
+    def _forward_backward(self, inputs: dict[str, Any], total: float, last: bool) -> torch.Tensor:
         if self.ddp is None:
             loss = self._forward(inputs, total)
             loss.backward()
@@ -400,7 +403,7 @@ class _WithSpare(nn.Module):
         self.module = module
         self.spare = nn.Parameter(torch.zeros(1))
 
-    def forward(self, inputs: dict[str, torch.Tensor], total: float) -> torch.Tensor:
+    def forward(self, inputs: dict[str, Any], total: float) -> torch.Tensor:
         return self.module(inputs, total)
 
 

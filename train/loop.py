@@ -8,8 +8,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -19,6 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..data.loader import Loader, Prefetched, Share, Step, merge_states
 from ..vlm.model import FoveateForConditionalGeneration
+from ..vlm.parallel.attention import sequence_attention
+from ..vlm.parallel.topology import Topology
 from ..vlm.processor import FoveateProcessor
 from .acceleration import compile_model, convert_to_fp8, disable_checkpointing, enable_checkpointing
 from .adapters import Adapters, merge_adapters, quantised_tensors, save_adapter
@@ -31,10 +34,11 @@ from .checkpoint import (
     read_state,
     rng_tensors,
 )
-from .distributed import World, init_world
+from .distributed import Group, World, init_world
 from .engine import Engine, Micro, StepResult, make_engine, resolve_precision, shares_weights
 from .flops import peak_flops
 from .optimizer import learning_rate_scale, make_optimizer, set_learning_rates, set_trainable
+from .parallel import Topologies, check_parallel
 from .recipe import Recipe, RecipeError, StageRecipe
 from .stages import check_sources, make_loader, make_objective
 from .tracking import Tracker
@@ -80,14 +84,16 @@ def train(
         after_step: called after each step with the number of steps done.
 
     Raises:
-        RecipeError: `out` holds another run's checkpoints, or none to resume.
+        RecipeError: `out` holds another run's checkpoints, or none to resume; or processes can't share the work so.
+        ProcessLostError: another process is gone; raised by one of the others, which end by SystemExit.
         NonFiniteError: a loss or gradient was not finite.
         TooManyBadError: more documents can't be used than the recipe accepts.
         KeyboardInterrupt: Ctrl-C came; the step in progress is done and saved in a checkpoint.
         Requeue: the same after SIGTERM or SIGUSR1.
     """
     check_sources(recipe)
-    with init_world(device) as world, _Interruption() as interruption:
+    with _Interruption() as interruption, init_world(device, recipe.timeout_s) as world:
+        check_parallel(recipe, world.size)
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
         newest = _on_first(world, lambda: _starting_point(recipe, out, resume))
@@ -109,15 +115,21 @@ def train(
             _writer(recipe, out, world) as writer,
             ExitStack() as resources,
         ):
+            topologies = Topologies(world, recipe.timeout_s, display.console)
             for number in range(state["stage"], len(recipe.stages)):
                 stage = recipe.stages[number]
                 first = state["stage_step"] if number == state["stage"] else 0
                 if not first:
                     summaries.append(StageSummary(stage.name))
                 summary = summaries[-1]
-                engine, adapters = _make_engine(recipe, number, model, processor, world, newest if first else None)
-                share = Share(world.rank, world.size, lambda value: world.gather(value, "data"))
-                loader = make_loader(recipe, number, model.config, processor, share, flag=interruption.flag)
+                topology = topologies(recipe, stage)
+                engine, adapters = _make_engine(
+                    recipe, number, model, processor, world, topology, newest if first else None
+                )
+                share = _share(world, topology, "data")
+                loader = make_loader(
+                    recipe, number, model.config, processor, share, flag=interruption.flag, topology=topology
+                )
                 if first and newest:
                     with CheckpointTensors(newest) as saved:
                         engine.load_state_tensors(saved.of_engine())
@@ -126,7 +138,9 @@ def train(
                 ahead = _prefetched(loader, recipe, None if stage.steps is None else stage.steps - first)
                 steps = resources.enter_context(closing(ahead))
                 display.stage(stage, first)
-                meter = _Meter(recipe, stage, world, exact_flops=getattr(loader.cost, "exact", False))
+                meter = _Meter(
+                    recipe, stage, world, topology.data_size, exact_flops=getattr(loader.cost, "exact", False)
+                )
                 if first:
                     meter.sums = state["meter"]
                 stage_step = first
@@ -134,7 +148,8 @@ def train(
                 while batch is not None:
                     began = time.perf_counter()
                     set_learning_rates(engine.param_groups, learning_rate_scale(stage, stage_step, batch.progress))
-                    result = engine.step([Micro(b.inputs, b.keys) for b in batch.micro], batch.loss_tokens)
+                    with _attention(model, topology):
+                        result = engine.step([Micro(b.inputs, b.keys) for b in batch.micro], batch.loss_tokens)
                     step, stage_step = step + 1, stage_step + 1
                     computed = time.perf_counter() - began
                     meter.add(batch, waited, computed)
@@ -146,7 +161,7 @@ def train(
                     display.step(summary, result.loss)
                     extra: dict[str, Any] = {}
                     if recipe.validation and (step % recipe.validation.every_steps == 0 or last):
-                        validation_loss = _validate(engine, recipe, number, model, processor, world)
+                        validation_loss = _validate(engine, recipe, number, model, processor, world, topology)
                         extra["validation_loss"] = validation_loss
                     if recipe.evaluation and (step % recipe.evaluation.every_steps == 0 or last):
                         extra |= _evaluate(engine, recipe, model, processor)
@@ -197,6 +212,7 @@ def _make_engine(
     model: FoveateForConditionalGeneration,
     processor: FoveateProcessor,
     world: World,
+    topology: Topology,
     checkpoint: Path | None,
 ) -> tuple[Engine, Adapters | None]:
     """A stage's engine, and its adapters where it has any.
@@ -217,7 +233,8 @@ def _make_engine(
         enable_checkpointing(model)
     else:
         disable_checkpointing(model)  # of an earlier stage
-    objective = make_objective(stage, model, processor, same_calls=shares_weights(recipe.engine))
+    same_calls = shares_weights(recipe.engine)
+    objective = make_objective(stage, model, processor, same_calls, topology)
     head = getattr(objective, "head", None)
     engine = make_engine(
         recipe.engine,
@@ -226,14 +243,32 @@ def _make_engine(
         resolve_precision(recipe.precision, world.device),
         stage.max_grad_norm,
         world,
-        micro_batches_per_rank=stage.batch.micro_batches // world.size,
+        micro_batches_per_rank=stage.batch.micro_batches // topology.data_size,
     )
     torch.manual_seed(recipe.seed + number + 1_000_003 * world.rank)  # dropout differs between ranks
     return engine, adapters
 
 
+def _share(world: World, topology: Topology, group: Group) -> Share:
+    """This rank's part of the documents, the same for all ranks of a sequence group."""
+    gather = partial(world.gather, group=group)
+    return Share(topology.data_rank, topology.data_size, gather, topology.degree)
+
+
+def _attention(model: FoveateForConditionalGeneration, topology: Topology) -> AbstractContextManager:
+    """In which the LLM attends to what all ranks of a sequence group hold, in the backward pass too."""
+    return sequence_attention(model, topology.ulysses) if topology.degree > 1 else nullcontext()
+
+
 def _writer(recipe: Recipe, out: Path, world: World) -> CheckpointWriter:
     settings = recipe.checkpoint
+
+    def gather(value: Any) -> list[Any]:
+        try:
+            return world.gather(value, "checkpoint")
+        except RuntimeError as error:  # as of a disk: the thread is to tell of it, not to end by it
+            raise ConnectionError(f"another process is gone ({error})") from error
+
     return CheckpointWriter(
         out / "checkpoints",
         settings.keep,
@@ -241,7 +276,7 @@ def _writer(recipe: Recipe, out: Path, world: World) -> CheckpointWriter:
         settings.asynchronous,
         world.rank,
         world.size,
-        lambda value: world.gather(value, "checkpoint"),
+        gather,
     )
 
 
@@ -264,15 +299,17 @@ def _validate(
     model: FoveateForConditionalGeneration,
     processor: FoveateProcessor,
     world: World,
+    topology: Topology,
 ) -> float | None:
     """Mean loss on the validation documents, over all ranks; None for an objective without next tokens."""
     if recipe.stages[number].objective != "next_token":
         return None
-    share = Share(world.rank, world.size, lambda value: world.gather(value, "main"))
-    loader = make_loader(recipe, number, model.config, processor, share, part="validation")
+    share = _share(world, topology, "main")
+    loader = make_loader(recipe, number, model.config, processor, share, part="validation", topology=topology)
     total, tokens = 0.0, 0
     while (batch := loader.next()) is not None:
-        loss = engine.evaluate([Micro(b.inputs, b.keys) for b in batch.micro], batch.loss_tokens)
+        with _attention(model, topology):
+            loss = engine.evaluate([Micro(b.inputs, b.keys) for b in batch.micro], batch.loss_tokens)
         total += loss * batch.loss_tokens
         tokens += batch.loss_tokens
     return total / tokens
@@ -326,8 +363,8 @@ def _summarise(summary: StageSummary, batch: Step, seconds: float) -> None:
 class _Meter:
     """Rates since the last line of metrics."""
 
-    def __init__(self, recipe: Recipe, stage: StageRecipe, world: World, exact_flops: bool):
-        self.world = world
+    def __init__(self, recipe: Recipe, stage: StageRecipe, world: World, data_size: int, exact_flops: bool):
+        self.world, self.data_size = world, data_size
         packs = stage.objective == "next_token"
         self.capacity = stage.batch.micro_batches * stage.batch.rows * stage.batch.tokens if packs else None
         self.peak = (recipe.tracking.peak_flops or peak_flops(world.device)) if exact_flops else None
@@ -338,8 +375,8 @@ class _Meter:
         self.sums |= dict.fromkeys(("tokens", "positions", "documents", "steps"), 0)
 
     def add(self, batch: Step, waited: float, computed: float) -> None:
-        each = len(batch.costs) // self.world.size
-        ranks = [sum(batch.costs[i : i + each]) for i in range(0, len(batch.costs), each)]
+        each = len(batch.costs) // self.data_size
+        ranks = [sum(batch.costs[i : i + each]) for i in range(0, len(batch.costs), each)]  # of each sequence group
         found = {
             "seconds": waited + computed,
             "waited": waited,
@@ -407,7 +444,8 @@ def _starting_point(recipe: Recipe, out: Path, resume: bool | Literal["auto"]) -
     then, now = read_state(newest)["recipe"], recipe.model_dump(mode="json")
     for each in (then, now):
         each["loader"] = {k: v for k, v in each["loader"].items() if k != "workers"}
-    may_differ = ("tracking", "checkpoint", "threads", "engine", "evaluation", "compile")
+        each["stages"] = [{k: v for k, v in stage.items() if k != "parallel"} for stage in each["stages"]]
+    may_differ = ("tracking", "checkpoint", "threads", "engine", "evaluation", "compile", "parallel", "timeout_s")
     changed = sorted(k for k in now if k not in may_differ and now[k] != then.get(k))
     if changed:
         raise RecipeError(f"{', '.join(changed)} differ from the run in {out}; accepted on --resume: the same recipe")

@@ -20,7 +20,19 @@ from ..data.encoding import IGNORE
 def token_loss(
     hidden: torch.Tensor, lm_head: nn.Module, labels: torch.Tensor, total: float, chunks: int = 8
 ) -> torch.Tensor:
-    """Sum of the next-token cross-entropies / `total`, a scalar in fp32 (fp64 where `hidden` is).
+    """`target_loss` of the tokens that follow.
+
+    Args:
+        hidden, lm_head, total, chunks: see `target_loss`.
+        labels: [rows, tokens], at their own token (shifted here), -100 where no loss falls.
+    """
+    return target_loss(hidden, lm_head, nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE), total, chunks)
+
+
+def target_loss(
+    hidden: torch.Tensor, lm_head: nn.Module, targets: torch.Tensor, total: float, chunks: int = 8
+) -> torch.Tensor:
+    """Sum of the cross-entropies / `total`, a scalar in fp32 (fp64 where `hidden` is); 0 where nothing is predicted.
 
     Only positions that predict something reach the head. The head is called as a module (LoRA, fp8, `torch.compile`
     and ZeRO's hooks work), always `chunks` times in the forward and in the backward pass, whatever the labels: under
@@ -30,7 +42,7 @@ def token_loss(
     Args:
         hidden: the decoder's output [rows, tokens, D].
         lm_head: maps D to the vocabulary.
-        labels: [rows, tokens], at their own token (shifted here), -100 where no loss falls.
+        targets: [rows, tokens], what each position predicts, -100 where no loss falls.
         total: what the sum is divided by, the valid tokens of the whole step; above 0.
         chunks: pieces that the predicting positions are cut into; at most ⌈positions / chunks⌉ have logits at a time.
 
@@ -41,12 +53,12 @@ def token_loss(
         raise ValueError(f"total is {total}; accepted: the number of tokens that the step predicts, above 0")
     if chunks < 1:
         raise ValueError(f"chunks is {chunks}; accepted: 1 or more")
-    if hidden.ndim != 3 or hidden.shape[:2] != labels.shape:
+    if hidden.ndim != 3 or hidden.shape[:2] != targets.shape:
         raise ValueError(
-            f"hidden has shape {tuple(hidden.shape)} and labels {tuple(labels.shape)}; accepted: [rows, tokens, D] and "
-            "[rows, tokens]"
+            f"hidden has shape {tuple(hidden.shape)} and labels {tuple(targets.shape)}; accepted: [rows, tokens, D] "
+            "and [rows, tokens]"
         )
-    targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()  # [rows · tokens]
+    targets = targets.flatten()  # [rows · tokens]
     predicting = (targets != IGNORE).nonzero().squeeze(1)  # [positions]
     hidden, targets = hidden.flatten(0, 1).index_select(0, predicting), targets[predicting]
     if liger_applies(hidden, lm_head):

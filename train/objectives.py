@@ -6,16 +6,22 @@ different data so call the same modules and have gradients for the same paramete
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..data.sequence import Kind, SequenceBatch
 from ..vlm.model import FoveateForConditionalGeneration
+from ..vlm.parallel.attention import SharedSequence
+from ..vlm.parallel.exchange import exchange_tokens
+from ..vlm.parallel.topology import ParallelError, Topology
 from ..vlm.processor import FoveateProcessor
 from ..vlm.tiling import normalise_tensor
-from .loss import fusion_obstacle, token_loss
+from .loss import fusion_obstacle, target_loss, token_loss
 
-PIXELS = ("pixel_values", "pixel_values_videos")
+KINDS: dict[str, Kind] = {"pixel_values": "image", "pixel_values_videos": "video"}
+PIXELS = tuple(KINDS)
 
 
 class NextToken(nn.Module):
@@ -66,6 +72,73 @@ class NextToken(nn.Module):
         return len(PIXELS) - given if self.same_calls else int(not given)
 
 
+class SequenceNextToken(nn.Module):
+    """`NextToken` on packs that the ranks of a sequence group share (LongVILA, arXiv 2408.10188, section 3.3): each
+    encodes its images and frames, gets the visual tokens of its part of the sequence, and runs the LLM on that part.
+
+    It is called, and its gradients are computed, within `sequence_attention`. The gradients of all ranks add up to
+    those of the whole pack.
+
+    Args:
+        model, processor, chunks: see `NextToken`; chunks of this rank's part.
+        same_calls: see `NextToken`. Ranks of one group call the tower equally often in any case.
+        topology: this rank among those that share its packs.
+
+    Raises:
+        ParallelError: the LLM's loss is more than the cross-entropy of its head.
+    """
+
+    def __init__(
+        self,
+        model: FoveateForConditionalGeneration,
+        processor: FoveateProcessor,
+        chunks: int,
+        same_calls: bool,
+        topology: Topology,
+    ):
+        super().__init__()
+        self.model, self.chunks, self.same_calls, self.topology = model, chunks, same_calls, topology
+        self.encode = _Encoder(model, processor)
+        if obstacle := fusion_obstacle(model.language_model):
+            raise ParallelError(f"{obstacle}; accepted under sequence parallelism: an LLM without")
+
+    def forward(self, inputs: Mapping[str, Any], total: float) -> torch.Tensor:
+        """This rank's part of the loss; inputs as `SequenceCollate` gives them, `total` as of `NextToken`."""
+        sequence: SequenceBatch = inputs["sequence"]
+        ids = inputs["input_ids"]
+        features: dict[Kind, torch.Tensor | None] = {}
+        unused: list[torch.Tensor] = []
+        without = not any(sequence.routes.values())
+        for name, kind in KINDS.items():  # in one order on all ranks: the exchanges, and in the backward pass too
+            features[kind] = None
+            if route := sequence.routes[kind]:
+                own = self._own(name, inputs, sequence) if name in inputs else self.encode.blank(ids.device)[:0]
+                assert self.topology.group is not None
+                features[kind] = exchange_tokens(own, route, self.topology.group)
+            elif self.same_calls or (without and not unused):
+                unused.append(self.encode.blank(ids.device))
+        embeds = self.model.get_inputs_embeds(
+            input_ids=ids, image_features=features["image"], video_features=features["video"]
+        )
+        for blank in unused:
+            embeds = embeds + 0 * blank.sum().to(embeds.dtype)
+        decoded = self.model.get_decoder()(
+            inputs_embeds=embeds,
+            position_ids=inputs["position_ids"],
+            use_cache=False,
+            sequence=SharedSequence(sequence.plan, self.topology, ids.device),
+        )
+        head = self.model.get_output_embeddings()
+        return target_loss(decoded.last_hidden_state, head, inputs["targets"], total, self.chunks)
+
+    def _own(self, name: str, inputs: Mapping[str, Any], sequence: SequenceBatch) -> torch.Tensor:
+        """What this rank has encoded of the pack, [tokens, D]."""
+        media = self.encode.media(name, inputs)
+        if KINDS[name] == "video":
+            media = [tokens[:count] for tokens, count in zip(media, sequence.video_tokens, strict=True)]
+        return torch.cat(media)
+
+
 class _Encoder:
     """What the LLM reads of a batch's images or frames; their pixels may be raw, uint8 tiles."""
 
@@ -74,14 +147,18 @@ class _Encoder:
 
     def __call__(self, name: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Features [tokens, D] of `pixel_values` or `pixel_values_videos`."""
-        pixels, kind = inputs[name], "image" if name == "pixel_values" else "video"
+        return torch.cat(self.media(name, inputs))
+
+    def media(self, name: str, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The same of each image or video."""
+        pixels, kind = inputs[name], KINDS[name]
         if pixels.dtype == torch.uint8:
             pixels = normalise_tensor(pixels, self.processor.image_mean, self.processor.image_std)
         grids, queries = inputs.get(f"{kind}_grids"), inputs.get(f"{kind}_queries")
         vision = replace(self.model.vision, tower_batch=None)  # one call, in validation too, as ranks under ZeRO-3 need
         if kind == "image":
-            return torch.cat(vision.encode_images(pixels, grids, inputs.get("image_sizes"), queries))
-        return torch.cat(vision.encode_videos(pixels, grids, queries))
+            return vision.encode_images(pixels, grids, inputs.get("image_sizes"), queries)
+        return vision.encode_videos(pixels, grids, queries)
 
     def blank(self, device: torch.device) -> torch.Tensor:
         """Features of an empty frame, the least that runs tower and projector once."""

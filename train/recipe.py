@@ -144,6 +144,17 @@ class BatchRecipe(_Strict):
     reserve: PositiveInt = 4  # packed rows from which a step's are chosen, so that processes cost alike
 
 
+class ParallelRecipe(_Strict):
+    """Sequence parallelism: so many processes share each packed row, `ulysses` x `ring` (see `vlm/parallel`)."""
+
+    ulysses: PositiveInt = 1  # neighbouring processes, best of one node, that share attention's heads
+    ring: PositiveInt = 1  # rows of these, which pass keys and values on
+
+    @property
+    def degree(self) -> int:
+        return self.ulysses * self.ring
+
+
 class LoraRecipe(_Strict):
     """Low-rank adapters on the LLM (arXiv 2106.09685; DoRA: 2402.09353; QLoRA: 2305.14314), merged after the stage."""
 
@@ -182,6 +193,7 @@ class StageRecipe(_Strict):
     activation_checkpointing: bool = False
     lora: LoraRecipe | None = None
     rope_theta: PositiveFloat | None = None  # of the LLM, from this stage on
+    parallel: ParallelRecipe | None = None  # in the place of the recipe's own
 
     @field_validator("data", mode="before")
     @classmethod
@@ -301,6 +313,8 @@ class Recipe(_Strict):
     precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"  # auto: bf16 where the device computes in it
     threads: PositiveInt | None = None  # CPU threads; None leaves torch's own choice
     engine: str = "torch"  # or a DeepSpeed configuration: zero0 … zero3, zero2-offload, zero3-offload, a JSON file
+    parallel: ParallelRecipe = ParallelRecipe()
+    timeout_s: PositiveFloat = 1800.0  # that a process waits for the others before the run fails
     compile: bool = False  # torch.compile of each layer
     fp8: bool = False  # the LLM's linear layers compute in fp8 (Hopper and newer)
     model: ModelRecipe
@@ -327,6 +341,8 @@ class Recipe(_Strict):
         if self.checkpoint.keep_best and self.validation is None:
             raise ValueError("checkpoint.keep_best has no effect without validation")
         for stage in self.stages:
+            self._check_parallel(stage)
+        for stage in self.stages:
             if stage.lora and stage.lora.quantize:
                 if self.fp8:
                     raise ValueError(f"fp8 and stages.{stage.name}.lora.quantize exclude each other")
@@ -335,6 +351,21 @@ class Recipe(_Strict):
                         f"engine is {self.engine!r}; with stages.{stage.name}.lora.quantize accepted: torch"
                     )
         return self
+
+    def parallel_of(self, stage: StageRecipe) -> ParallelRecipe:
+        """How a stage's rows are shared: as it says itself, or as the recipe does."""
+        return stage.parallel or self.parallel
+
+    def _check_parallel(self, stage: StageRecipe) -> None:
+        parallel = self.parallel_of(stage)
+        if parallel.degree == 1:
+            return
+        where = f"stages.{stage.name}.parallel" if stage.parallel else "parallel"
+        if stage.objective == "region_text":
+            raise ValueError(
+                f"{where} is ulysses {parallel.ulysses}, ring {parallel.ring}, but objective region_text of stage "
+                f"{stage.name} has no sequence to share; accepted: stages.{stage.name}.parallel={{ulysses: 1, ring: 1}}"
+            )
 
 
 def shipped_recipes() -> list[str]:

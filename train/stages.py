@@ -8,21 +8,23 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
-from ..data.encoding import Sample, encode
+from ..data.encoding import PlannedSample, Sample, encode, plan_document
 from ..data.glyphs import GlyphSource
 from ..data.loader import Loader, Packing, Share
 from ..data.mixture import Mixture
 from ..data.packing import collate
 from ..data.regions import RegionSample, collate_regions, encode_regions
+from ..data.sequence import SequenceCollate
 from ..data.sources import Source, open_source, split
 from ..data.statistics import mean_tokens
 from ..vlm.config import FoveateConfig
 from ..vlm.media import MediaLimits
 from ..vlm.model import FoveateForConditionalGeneration
+from ..vlm.parallel.topology import Topology
 from ..vlm.planning import MediaTiles
 from ..vlm.processor import FoveateProcessor
 from .flops import ModelFlops
-from .objectives import NextToken, RegionContrast
+from .objectives import NextToken, RegionContrast, SequenceNextToken
 from .recipe import GlyphData, Recipe, RecipeError, SourceData, StageRecipe
 
 LOGITS_TOKENS = 1024  # positions whose logits are held at a time
@@ -87,8 +89,13 @@ def make_loader(
     share: Share | None = None,
     part: Split = "train",
     flag: Callable[[], bool] = lambda: False,
+    topology: Topology | None = None,
 ) -> Loader:
-    """A stage's loader; of the part `validation`, as many documents as the recipe asks for, once."""
+    """A stage's loader; of the part `validation`, as many documents as the recipe asks for, once.
+
+    Args:
+        topology: this rank among those that share its packs, which `share` counts as one; None: it is alone.
+    """
     stage, batch = recipe.stages[number], recipe.stages[number].batch
     limits = MediaLimits(max_pixels=recipe.loader.max_pixels, max_frames=recipe.loader.max_frames)
     mixture = make_mixture(recipe, number, processor, part)
@@ -110,11 +117,16 @@ def make_loader(
             _tiles,
             **options,
         )
+    encoding: Callable[..., Any] = encode
+    collation: Callable[..., Any] = partial(collate, processor=processor, raw_pixels=True)
+    if topology is not None and topology.degree > 1:
+        encoding = plan_document
+        collation = SequenceCollate(processor, topology, limits, threads=max(1, recipe.loader.workers))
     return Loader(
         mixture,
         Packing(batch.rows, batch.micro_batches, batch.tokens, batch.tiles, batch.window, batch.reserve),
-        partial(encode, processor=processor, limits=limits),
-        partial(collate, processor=processor, raw_pixels=True),
+        partial(encoding, processor=processor, limits=limits),
+        collation,
         SampleCost(config, stage),
         **options,
     )
@@ -138,7 +150,7 @@ class SampleCost:
     def exact(self) -> bool:
         return self.flops is not None
 
-    def __call__(self, sample: Sample) -> float:
+    def __call__(self, sample: Sample | PlannedSample) -> float:
         if self.flops is None:
             return float(sample.tokens)
         tiles, blocks = encoded_tiles(self.tiling, sample.media)
@@ -168,10 +180,17 @@ def _tiles(sample: RegionSample) -> float:
 
 
 def make_objective(
-    stage: StageRecipe, model: FoveateForConditionalGeneration, processor: FoveateProcessor, same_calls: bool
+    stage: StageRecipe,
+    model: FoveateForConditionalGeneration,
+    processor: FoveateProcessor,
+    same_calls: bool,
+    topology: Topology | None = None,
 ) -> nn.Module:
-    """The module that a stage's engine trains; see `objectives`."""
+    """The module that a stage's engine trains; see `objectives`, and `make_loader` for the topology."""
     if stage.objective == "region_text":
         return RegionContrast(model, processor)
-    chunks = -(-stage.batch.rows * stage.batch.tokens // LOGITS_TOKENS)
+    degree = topology.degree if topology else 1
+    chunks = -(-stage.batch.rows * stage.batch.tokens // (LOGITS_TOKENS * degree))
+    if topology is not None and degree > 1:
+        return SequenceNextToken(model, processor, chunks, same_calls, topology)
     return NextToken(model, processor, chunks, same_calls)

@@ -125,10 +125,10 @@ class DeepSpeedEngine(Engine):
         del self.engine, self.zero, self.flats, self.flat_of
         gc.collect()
 
-    def _forward(self, inputs: dict[str, torch.Tensor], total: float) -> torch.Tensor:
+    def _forward(self, inputs: dict[str, Any], total: float) -> torch.Tensor:
         return self.engine.module(inputs, total)
 
-    def _forward_backward(self, inputs: dict[str, torch.Tensor], total: float, last: bool) -> torch.Tensor:
+    def _forward_backward(self, inputs: dict[str, Any], total: float, last: bool) -> torch.Tensor:
         self.engine.set_gradient_accumulation_boundary(last)
         loss = self.engine(inputs, total)
         # It divides by the number of ranks; and, by its hook on the output, what is given to `backward` as it came.

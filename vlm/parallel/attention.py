@@ -112,7 +112,8 @@ def _attention(
     return sequence.attend(module, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
 
 
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)  # of no name in the registry of masks, so that none is made
+# Without a name in the registry of masks, so that none is made; collectives are nothing to compile.
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, torch.compiler.disable(_attention))
 
 
 @contextmanager
