@@ -5,6 +5,8 @@ TORCH ?= torch==2.13.0
 CONSTRAINTS ?= constraints.txt
 # More arguments for pip, e.g. an --extra-index-url with CPU builds of torch.
 PIP_ARGS ?=
+# Test files that run at a time; 0 runs all tests in one process.
+WORKERS ?= 2
 
 BIN := .venv/bin
 export DS_BUILD_OPS := 0
@@ -20,7 +22,7 @@ quickstart: .venv/.installed ## train, evaluate, export and question the tiny mo
 	$(BIN)/foveate quickstart
 
 test: .venv/.dev ## run the tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.dev ## style, formatting, types
 	$(BIN)/ruff check .

@@ -1,11 +1,13 @@
 """What every test runs under: no network, fixed seeds, Triton's interpreter where there is no CUDA device."""
 
+import gc
 import os
 
 # Read when the libraries are imported, so set first.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as cli.py does: threads that spin slow a busy machine down
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start: `make test` runs two files at a time
 
 import random
 from collections.abc import Callable, Iterator
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-torch.set_num_threads(2)  # sums differ in their last bits with the number of threads
+torch.set_num_threads(1)  # sums differ in their last bits with the number of threads
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +40,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # collections during the tests, and in what they fork, then pass over the libraries
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # else nanobind tells of leaks
 
 
 # Every objective, kind of media and change between stages, in seconds.

@@ -57,11 +57,14 @@ def test_equals_float64_attention_over_dequantised_columns(way, bits):
     close(got, brute_force(inputs[0], *whole, 0.3))
 
 
-def test_few_queries_on_a_cpu_run_in_compiled_code(monkeypatch):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_few_queries_on_a_cpu_run_in_compiled_code(monkeypatch, same_threads, threads):
     """Whatever else passes here would pass in torch alone."""
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("there is no C++ compiler")
     inputs, whole = example(head_dim=64, packed=200, group=20)  # vectors are full; tiles of tokens are not
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(cpu_kernels, "PER_THREAD", 1)
     calls = []
     call = cpu_kernels._call
     monkeypatch.setattr(cpu_kernels, "_call", lambda name, *rest: (calls.append(name), call(name, *rest)))

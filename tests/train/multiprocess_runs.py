@@ -3,6 +3,7 @@
 python multiprocess_runs.py SCRIPT FOLDER RECIPE
 """
 
+import gc
 import importlib.util
 import json
 import os
@@ -16,6 +17,10 @@ script, folder, recipe_path = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 spec = importlib.util.spec_from_file_location("kill_and_resume", script)
 forked = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(forked)
+for late in ("foveate.train.zero", "deepspeed.runtime.zero.muon.muon_optimizer"):  # else each fork imports them
+    importlib.import_module(late)
+gc.collect()
+gc.freeze()  # a collection in a fork then passes over the libraries
 codes = {}
 
 

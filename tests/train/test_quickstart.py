@@ -9,6 +9,7 @@ from PIL import Image
 from rich.console import Console
 
 from foveate.eval.glyphs import TASKS
+from foveate.train import quickstart
 from foveate.train.quickstart import run_quickstart
 from foveate.train.recipe import Recipe, RecipeError, load_recipe
 from foveate.vlm.media import probe_video
@@ -83,8 +84,9 @@ def test_folders_of_others_are_left_alone(kept: str, recipe: Recipe, tmp_path: P
 
 
 def test_a_run_stopped_after_training_does_not_train_again_and_a_finished_one_is_replaced(
-    run: tuple[Path, str], recipe: Recipe
+    run: tuple[Path, str], recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(quickstart, "_reload", lambda out, questions: {"model": questions, "stock": questions})
     folder, _ = run
     checkpoint = max((folder / "train" / "checkpoints").iterdir()) / "manifest.json"
     written_at = checkpoint.stat().st_mtime_ns
