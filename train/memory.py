@@ -2,7 +2,8 @@
 
 Weights, gradients and optimiser's state follow ZeRO (arXiv 1910.02054, section 3) as the engines keep them: what
 differs from the paper is said where it stands. Activations follow arXiv 2205.05198, section 4, with flash attention (no
-n² scores), grouped heads, a gated MLP and no dropout in the place of GPT's layer.
+n² scores), grouped heads, a gated MLP and no dropout in the place of GPT's layer. Where ranks share a row, tokens are
+those of one of them, and attention keeps what `vlm/parallel` exchanges.
 """
 
 from collections.abc import Collection, Mapping
@@ -12,6 +13,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ..vlm.model import FoveateForConditionalGeneration
+from .parallel_costs import sent_kv_heads
 
 # How a module computes: bf16 weights (ZeRO-1 to 3), fp32 weights under autocast (torch, ZeRO-0), or fp32 throughout.
 Mode = Literal["bf16", "autocast", "fp32"]
@@ -133,11 +135,18 @@ class LayerShape:
             sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim > 1),
         )
 
-    def bytes_a_token(self, mode: Mode, trains: bool) -> float:
+    def sent_key_value(self, ulysses: int) -> int:
+        """Width of the keys after they are repeated for a row of so many ranks, where that is needed."""
+        head_dim = self.attention // self.heads
+        return sent_kv_heads(self.key_value // head_dim, ulysses) * head_dim
+
+    def bytes_a_token(self, mode: Mode, trains: bool, ulysses: int = 1) -> float:
         """What one layer keeps of a token for its backward pass.
 
         Args:
             trains: its matrices have gradients, for which their inputs are kept; else gradients only pass through.
+            ulysses: ranks that share its heads. Then q, k, v and attention's output are kept as they were exchanged,
+                k and v as often as they were repeated, and the output once more where the matrix behind it trains.
         """
         e = 4 if mode == "fp32" else 2
         stream = 2 if mode == "bf16" else 4
@@ -148,13 +157,16 @@ class LayerShape:
             norms = 2 * (stream * h + 2 * stream)  # its input, mean and deviation
         readers = 5 - (not self.gated) if mode == "autocast" else 2  # autocast casts for each matrix anew
         inputs = readers * e * h if trains else 0
-        attention = 2 * e * (self.attention + self.key_value) + 4 * self.heads  # q, k, v, output; log-sum of exponents
+        attention = 2 * e * (self.attention + self.sent_key_value(ulysses))  # q, k, v, output
+        attention += 4 * self.heads  # log-sum of exponents
+        if ulysses > 1 and trains:
+            attention += e * self.attention
         mlp = (3 if self.gated else 1) * e * f + (e * f if trains else 0)
         return norms + inputs + attention + mlp
 
-    def activations(self, tokens: float, mode: Mode, trains: bool, checkpointing: bool) -> float:
+    def activations(self, tokens: float, mode: Mode, trains: bool, checkpointing: bool, ulysses: int = 1) -> float:
         """What all layers keep of so many tokens; checkpointed ones their inputs, and one of them everything."""
-        of_layer = self.bytes_a_token(mode, trains)
+        of_layer = self.bytes_a_token(mode, trains, ulysses)
         copies = 2.0 * self.matrices if mode == "autocast" else 0.0  # bf16 copies of the weights
         if not checkpointing:
             return tokens * self.layers * of_layer + copies
@@ -198,8 +210,9 @@ class ActivationShape:
         trains: Collection[str],
         checkpointing: bool,
         runs_llm: bool = True,
+        ulysses: int = 1,
     ) -> float:
-        """Bytes that a micro-batch's backward pass needs.
+        """Bytes that a micro-batch's backward pass needs. Where ranks share its rows, all numbers are of one rank.
 
         Args:
             tokens: of the LLM, padding included.
@@ -208,6 +221,7 @@ class ActivationShape:
             pixels: of all tiles, three numbers each.
             trains: the parts that train.
             runs_llm: the objective reads the LLM.
+            ulysses: ranks that share its heads.
         """
         e, parts = 4 if mode == "fp32" else 2, set(trains)
         total = 3 * pixels * (1 + 4 + (e if mode != "fp32" else 0))  # as bytes, normalised, and cast
@@ -216,6 +230,24 @@ class ActivationShape:
         if parts & {"tower", "tower_norms", "projector"}:
             total += e * projected * self.projector_widths
         if runs_llm:
-            total += self.llm.activations(tokens, mode, bool(parts & {"llm", "lora"}), checkpointing)
+            total += self.llm.activations(tokens, mode, bool(parts & {"llm", "lora"}), checkpointing, ulysses)
             total += min(tokens, LOGITS_TOKENS) * self.vocabulary * (e + 8)  # logits, in fp32, and their gradient
         return total
+
+    def exchange_buffers(self, tokens: float, visual: float, mode: Mode, ulysses: int, ring: int) -> float:
+        """Bytes that are sent and received while ranks that share a row attend, in one layer at a time, at most.
+
+        Heads: queries, keys and values as they leave and as they come. Ring: keys and values of two rows, their
+        gradients in fp32 likewise, and the queries' gradient in fp32. Before all layers: visual tokens, likewise twice.
+
+        Args:
+            tokens: of a rank.
+            visual: tokens of images and videos among them.
+        """
+        e = 4 if mode == "fp32" else 2
+        a, k = self.llm.attention, self.llm.sent_key_value(ulysses)
+        heads = 2 * e * (a + 2 * k) if ulysses > 1 else 0
+        heads += 2 * e * k if k > self.llm.key_value else 0  # repeated
+        around = 2 * (e + 4) * 2 * k + 4 * a if ring > 1 else 0
+        before = 2 * e * self.llm.hidden if ulysses * ring > 1 else 0
+        return max(tokens * (heads + around), visual * before)

@@ -5,8 +5,8 @@ are like is assumed from its recipe, see `_kinds`. docs/plan.md has the formulas
 """
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,8 @@ from ..data.regions import encode_regions
 from ..vlm.config import FoveateConfig
 from ..vlm.media import Video
 from ..vlm.model import FoveateForConditionalGeneration
+from ..vlm.parallel.plan import split_by_cost
+from ..vlm.parallel.topology import ParallelError, check_heads
 from ..vlm.planning import BudgetError, MediaPlan
 from ..vlm.processor import FoveateProcessor, model_fields, tile_size
 from .adapters import trainable_parameters
@@ -31,7 +33,8 @@ from .engine import deepspeed_config
 from .flops import PEAK_FLOPS, ModelFlops, StepFlops, layers_read
 from .memory import OPTIMIZER_SLOTS, ActivationShape, Counts, Memory, Mode, compute_mode, model_states
 from .optimizer import set_trainable
-from .recipe import GlyphData, ModelRecipe, Recipe, RecipeError, SourceData, StageRecipe
+from .parallel_costs import attention_traffic
+from .recipe import GlyphData, ModelRecipe, ParallelRecipe, Recipe, RecipeError, SourceData, StageRecipe
 from .shapes import known_llm, known_tower
 from .stages import encoded_tiles
 
@@ -40,7 +43,7 @@ IMAGE_SIZE, FRAME_SIZE = (768, 1024), (720, 1280)  # of a document's images and 
 FRAMES_A_SECOND = 2.0
 TEXT_TOKENS = 128  # of a document, for each of its images or its video
 GLYPH_DOCUMENTS = 16  # of embedded data, that are looked at
-LONG_ROW = 100_000  # tokens from which a row is more than one GPU should be given
+NODE_GPUS = 8  # to which advice keeps the ranks that exchange heads
 ZERO_STAGES = (0, 1, 2, 3)
 
 # GiB of the devices of `PEAK_FLOPS`, where there are several the larger; from the makers' data sheets.
@@ -77,6 +80,9 @@ class StagePlan:
         step_s: a step's seconds.
         total_s: the stage's seconds, where its steps are known.
         million_documents_s: seconds for a million documents.
+        ulysses, ring: ranks that share a row, see `recipe.ParallelRecipe`.
+        imbalance: the tower's work on the rank of them that has most, over the mean; of the kind where it is largest.
+        sent: bytes that a GPU sends in a step for attention.
     """
 
     name: str
@@ -92,6 +98,10 @@ class StagePlan:
     step_s: float
     total_s: float | None
     million_documents_s: float
+    ulysses: int
+    ring: int
+    imbalance: float
+    sent: float
 
 
 @dataclass(frozen=True)
@@ -134,7 +144,13 @@ def plan(recipe: Recipe, gpus: int = 8, gpu: str = "H100", mfu: float = 0.4) -> 
     media += [_medium(processor, FRAME_SIZE, frames) for frames in _frame_counts(recipe, processor)]
     rate = gpus * peaks[gpu] * mfu
     memory = GPU_MEMORY_GIB[gpu] * 2.0**30
-    if uneven := [stage.name for stage in recipe.stages if stage.batch.micro_batches % gpus]:
+    degrees = {stage.name: recipe.parallel_of(stage).degree for stage in recipe.stages}
+    if uneven := [name for name, degree in degrees.items() if gpus % degree]:
+        notes.add(
+            f"{gpus} GPUs are no multiple of those that share a row in stages {', '.join(uneven)}, as they must be"
+        )
+    sharing = [stage for stage in recipe.stages if stage.name not in uneven]
+    if uneven := [stage.name for stage in sharing if stage.batch.micro_batches % (gpus // degrees[stage.name])]:
         notes.add(f"{gpus} GPUs can't share the micro_batches of stages {', '.join(uneven)} evenly, as they must")
     if "offload" in recipe.engine:
         notes.add(f"engine {recipe.engine} keeps on the CPU what is counted here as a GPU's optimiser and weights")
@@ -236,10 +252,18 @@ class _Kind:
     predicted: int
     tiles: Mapping[tuple[int, int], float]
     blocks: Mapping[tuple[int, int], float]
+    units: tuple[float, ...] = ()  # what images and groups of frames cost the tower, none of which is shared
 
     @property
     def number_of_tiles(self) -> float:
         return sum(self.tiles.values())
+
+    def imbalance(self, documents: float, ranks: int) -> float:
+        """The largest share of the tower's work on some of these documents, over the mean of the ranks."""
+        costs = self.units * max(1, round(documents))
+        if ranks == 1 or not costs:
+            return 1.0
+        return max(sum(costs[part.start : part.stop]) for part in split_by_cost(costs, ranks)) * ranks / sum(costs)
 
 
 def _kinds(recipe: Recipe, stage: StageRecipe, processor: FoveateProcessor) -> list[_Kind]:
@@ -272,7 +296,18 @@ def _source_kind(recipe: Recipe, stage: StageRecipe, data: SourceData, processor
     groups = [video.tokens // video.tokens_per_group for video in media.videos]
     visual = media.tokens + sum(groups)  # with a token that separates them
     tokens = max(round(data.mean_tokens), visual + 1) if data.mean_tokens else visual + words
-    return _Kind(data.source, data.weight, tokens, tokens - visual, tiles, blocks)
+    return _Kind(data.source, data.weight, tokens, tokens - visual, tiles, blocks, _units(processor, media))
+
+
+def _units(processor: FoveateProcessor, media: MediaPlan) -> tuple[float, ...]:
+    """What each image, and each group of frames that is pooled, costs the tower: tiles, or patches with `native`."""
+    native, together = processor.tiling == "native", processor.video_pool[0]
+    images = [float(image.grid[0] * image.grid[1] if native else image.tiles) for image in media.images]
+    groups: list[float] = []
+    for video in media.videos:
+        whole, rest = divmod(video.frames, together)
+        groups += [float(together)] * whole + [float(rest)] * (rest > 0)
+    return (*images, *groups)
 
 
 def _glyph_kind(recipe: Recipe, stage: StageRecipe, data: GlyphData, processor: FoveateProcessor) -> _Kind:
@@ -286,8 +321,9 @@ def _glyph_kind(recipe: Recipe, stage: StageRecipe, data: GlyphData, processor: 
         for total, of_sample in zip((tiles, blocks), encoded_tiles(processor.tiling, sample.media), strict=True):
             total.update(of_sample)
     means = [{size: count / len(samples) for size, count in total.items()} for total in (tiles, blocks)]
+    units = (1.0,) * round(sum(means[0].values()))
     tokens, predicted = (round(np.mean([getattr(one, name) for one in samples])) for name in ("tokens", "loss_tokens"))
-    return _Kind(data.kind, data.weight, tokens, predicted, means[0], means[1])
+    return _Kind(data.kind, data.weight, tokens, predicted, means[0], means[1], units)
 
 
 # A stage
@@ -340,17 +376,41 @@ def _stage(
         backward=of_step([one.backward for one in costs]),
         recomputed=of_step([one.recomputed for one in costs]),
     )
+    parallel = recipe.parallel_of(stage)
+    try:
+        check_heads(config.text_config, parallel.ulysses)
+    except ParallelError as error:
+        raise RecipeError(f"stages.{stage.name}: parallel: {error}") from error
     shape = ActivationShape.of(model, layers_read(config, config.vision_config.num_hidden_layers))
-    activations = {}
-    for zero in ZERO_STAGES:
-        held = partial(_activations, stage, kinds, flops, shape, compute_mode(zero, recipe.precision))
-        activations[zero] = held(checkpointing=False), held(checkpointing=True)
-    memory = {
-        zero: _memory(recipe, stage, model, quantised, zero, gpus, kept[stage.activation_checkpointing])
-        for zero, kept in activations.items()
+
+    def held(zero: int, parallel: ParallelRecipe, checkpointing: bool) -> Memory:
+        mode = compute_mode(zero, recipe.precision)
+        activations = _activations(stage, kinds, flops, shape, mode, checkpointing, parallel)
+        states = _memory(recipe, stage, model, quantised, zero, gpus, activations)
+        visual = max(sum(flops.projected_tokens(size) * count for size, count in kind.blocks.items()) for kind in kinds)
+        tokens = _local_tokens(stage, parallel)
+        exchanged = shape.exchange_buffers(tokens, min(tokens, visual), mode, parallel.ulysses, parallel.ring)
+        return replace(states, buffers=states.buffers + exchanged)
+
+    activations = {
+        zero: (held(zero, parallel, False).activations, held(zero, parallel, True).activations) for zero in ZERO_STAGES
     }
-    _warn(recipe, stage, memory, gpu_memory, notes)
-    step_s = step.model / rate
+    memory = {zero: held(zero, parallel, stage.activation_checkpointing) for zero in ZERO_STAGES}
+    own = 0 if recipe.engine == "torch" else deepspeed_config(recipe.engine)["zero_optimization"]["stage"]
+    if memory[own].total > gpu_memory:
+        fits = [f"zero{zero}" for zero in ZERO_STAGES if memory[zero].total <= gpu_memory]
+        line = (
+            f"stages.{stage.name}: engine {recipe.engine} takes {memory[own].total / 2**30:,.0f} GiB of a GPU that has "
+            f"{gpu_memory / 2**30:,.0f}; those that fit: {', '.join(fits) or 'none, of ZeRO-0 to 3'}"
+        )
+        if not fits and runs_llm:
+            of = partial(held, own, checkpointing=stage.activation_checkpointing)
+            line += f"; parallel that fits: {_parallel_that_fits(stage, config, gpus, gpu_memory, of)}"
+        notes.add(line)
+    imbalances = [kind.imbalance(_documents_of_rows(stage, kind), parallel.degree) for kind in kinds]
+    tower = [flops.step([], kind.tiles, trains, 0, (), kind.blocks).model for kind in kinds]
+    waited = of_step([(worst - 1) * work for worst, work in zip(imbalances, tower, strict=True)])
+    step_s = (step.model + waited) / rate
     return StagePlan(
         name=stage.name,
         length=f"{stage.steps} steps" if stage.steps else f"{stage.epochs} epoch{'s' if stage.epochs != 1 else ''}",
@@ -365,6 +425,10 @@ def _stage(
         step_s=step_s,
         total_s=stage.steps * step_s if stage.steps else None,
         million_documents_s=1e6 / documents * step_s,
+        ulysses=parallel.ulysses,
+        ring=parallel.ring,
+        imbalance=max(imbalances),
+        sent=_sent(recipe, stage, config.text_config, gpus, compute_mode(own, recipe.precision)) if runs_llm else 0.0,
     )
 
 
@@ -391,33 +455,92 @@ def _shares(stage: StageRecipe, kinds: list[_Kind]) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
+def _documents_of_rows(stage: StageRecipe, kind: _Kind) -> float:
+    """How many documents of a kind a micro-batch has."""
+    if stage.objective != "next_token":
+        return float(stage.batch.rows)
+    documents: float = stage.batch.rows * max(1, stage.batch.tokens // kind.tokens)
+    if kind.number_of_tiles:
+        documents = min(documents, max(1, stage.batch.rows * stage.batch.tiles // kind.number_of_tiles))
+    return documents
+
+
+def _local_tokens(stage: StageRecipe, parallel: ParallelRecipe) -> int:
+    """Tokens of a micro-batch that a rank holds, when its rows are full."""
+    return -(-stage.batch.rows * stage.batch.tokens // parallel.degree)
+
+
 def _activations(
-    stage: StageRecipe, kinds: list[_Kind], flops: ModelFlops, shape: ActivationShape, mode: Mode, checkpointing: bool
+    stage: StageRecipe,
+    kinds: list[_Kind],
+    flops: ModelFlops,
+    shape: ActivationShape,
+    mode: Mode,
+    checkpointing: bool,
+    parallel: ParallelRecipe,
 ) -> float:
-    """Of a micro-batch whose rows are full of the kind of documents that takes most."""
-    runs_llm = stage.objective == "next_token"
+    """Of a micro-batch whose rows are full of the kind of documents that takes most, on the rank with most of it."""
     largest = 0.0
     for kind in kinds:
-        documents: float = stage.batch.rows * (max(1, stage.batch.tokens // kind.tokens) if runs_llm else 1)
-        if runs_llm and kind.number_of_tiles:
-            documents = min(documents, max(1, stage.batch.rows * stage.batch.tiles // kind.number_of_tiles))
+        documents = _documents_of_rows(stage, kind)
+        share = documents * kind.imbalance(documents, parallel.degree) / parallel.degree
         in_tower = sum(flops.encoded_tokens(size) * count for size, count in kind.tiles.items())
         projected = sum(flops.projected_tokens(size) * count for size, count in kind.blocks.items())
         pixels = sum(size[0] * size[1] * count for size, count in kind.tiles.items())
         largest = max(
             largest,
             shape.of_micro_batch(
-                stage.batch.rows * stage.batch.tokens,
-                documents * in_tower,
-                documents * projected,
-                documents * pixels,
+                _local_tokens(stage, parallel),
+                share * in_tower,
+                share * projected,
+                share * pixels,
                 mode,
                 stage.learning_rates,
                 checkpointing,
-                runs_llm,
+                stage.objective == "next_token",
+                parallel.ulysses,
             ),
         )
     return largest
+
+
+def _sent(recipe: Recipe, stage: StageRecipe, text: Any, gpus: int, mode: Mode) -> float:
+    """Bytes that a GPU sends for attention in a step; checkpointed layers send what the forward pass does twice."""
+    parallel = recipe.parallel_of(stage)
+    chunks = 2 * parallel.degree
+    heads = text.num_attention_heads
+    traffic = attention_traffic(
+        -(-stage.batch.rows * stage.batch.tokens // chunks) * chunks,
+        parallel.ulysses,
+        parallel.ring,
+        heads,
+        getattr(text, "num_key_value_heads", None) or heads,
+        getattr(text, "head_dim", None) or text.hidden_size // heads,
+        4 if mode == "fp32" else 2,
+    )
+    forward = (traffic.heads + traffic.ring) * (2 if stage.activation_checkpointing else 1)
+    micro_batches = stage.batch.micro_batches * parallel.degree / gpus
+    return text.num_hidden_layers * micro_batches * (forward + traffic.heads_backward + traffic.ring_backward)
+
+
+def _parallel_that_fits(
+    stage: StageRecipe, config: FoveateConfig, gpus: int, gpu_memory: float, held: Callable[[ParallelRecipe], Memory]
+) -> str:
+    """The fewest ranks that a row can be shared by so that it fits, of them as many as possible in one node."""
+    for degree in range(2, gpus + 1):
+        if gpus % degree or stage.batch.micro_batches % (gpus // degree):
+            continue
+        for ulysses in range(min(NODE_GPUS, degree), 0, -1):
+            if degree % ulysses:
+                continue
+            try:
+                check_heads(config.text_config, ulysses)
+            except ParallelError:
+                continue
+            parallel = ParallelRecipe(ulysses=ulysses, ring=degree // ulysses)
+            if (total := held(parallel).total) <= gpu_memory:
+                return f"{{ulysses: {ulysses}, ring: {parallel.ring}}}, {total / 2**30:,.0f} GiB"
+    return f"none, of {gpus} GPUs"
 
 
 def _memory(
@@ -439,21 +562,6 @@ def _zero_settings(recipe: Recipe, zero: int) -> dict[str, Any]:
     return deepspeed_config(f"zero{zero}")["zero_optimization"]
 
 
-def _warn(recipe: Recipe, stage: StageRecipe, memory: dict[int, Memory], gpu_memory: float, notes: _Notes) -> None:
-    own = 0 if recipe.engine == "torch" else deepspeed_config(recipe.engine)["zero_optimization"]["stage"]
-    if memory[own].total > gpu_memory:
-        fits = [f"zero{zero}" for zero in ZERO_STAGES if memory[zero].total <= gpu_memory]
-        notes.add(
-            f"stages.{stage.name}: engine {recipe.engine} takes {memory[own].total / 2**30:,.0f} GiB of a GPU that has "
-            f"{gpu_memory / 2**30:,.0f}; those that fit: {', '.join(fits) or 'none, of ZeRO-0 to 3'}"
-        )
-    if stage.batch.tokens > LONG_ROW:
-        notes.add(
-            f"stages.{stage.name}: a row of {stage.batch.tokens:,} tokens is one GPU's; sequence parallelism, which "
-            "would share it, is yet to come"
-        )
-
-
 # Printing
 
 
@@ -467,13 +575,15 @@ def print_plan(made: Plan, console: Console) -> None:
         name = f"image {medium.height}×{medium.width}" if not medium.frames else f"video of {medium.frames} frames"
         table.add_row(name, f"{medium.tiles:,}", f"{medium.tokens:,}")
     console.print(table)
-    table = _table(
-        "stage", "length", "trained", "documents", "tokens", "tiles", "FLOPs", "step", "stage, or per 1M documents"
-    )
+    columns = ["length", "trained", "documents", "tokens", "tiles", "FLOPs", "step", "stage, or per 1M documents"]
+    shares = any(stage.ulysses * stage.ring > 1 for stage in made.stages)
+    table = _table("stage", *columns, *(["ulysses × ring", "GB sent a GPU"] if shares else []))
     for stage in made.stages:
         whole = _time(stage.total_s) if stage.total_s is not None else f"{_time(stage.million_documents_s)} / 1M"
         cells = [_count(sum(stage.trained.values())), f"{stage.documents:,.0f}", f"{stage.tokens:,.0f}"]
         cells += [f"{stage.tiles:,.0f}", f"{stage.flops.model:.2e}", _time(stage.step_s), whole]
+        if shares:
+            cells += [f"{stage.ulysses} × {stage.ring}", f"{stage.sent / 1e9:,.1f}"]
         table.add_row(stage.name, stage.length, *cells)
     console.print(f"\nOf a step of all {made.gpus} × {made.gpu}, at {made.mfu:.0%} of their operations:")
     console.print(table)

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from foveate.train.build import add_stage_adapters, build_config, build_model
 from foveate.train.engine import deepspeed_config
-from foveate.train.memory import Counts, LayerShape, Mode, compute_mode, model_states
+from foveate.train.memory import ActivationShape, Counts, LayerShape, Mode, compute_mode, model_states
 from foveate.train.optimizer import make_optimizer, set_trainable
 from foveate.train.plan import Plan, plan, planned_tiles, print_plan
 from foveate.train.recipe import Recipe, RecipeError, load_recipe
@@ -230,7 +230,17 @@ def test_what_a_source_says_of_its_documents_counts() -> None:
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, int], ModuleType, Path]:
+def memory_runs() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("memory_runs", RUNS)
+    runs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(runs)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def engines(
+    tmp_path_factory: pytest.TempPathFactory, memory_runs: ModuleType
+) -> tuple[dict[str, int], ModuleType, Path]:
     """Bytes that one of two ranks holds, by engine and precision."""
     folder = tmp_path_factory.mktemp("engines")
     done = subprocess.run(
@@ -243,10 +253,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, int], M
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    spec = importlib.util.spec_from_file_location("memory_runs", RUNS)
-    runs = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(runs)
-    return json.loads(done.stdout.splitlines()[-1]), runs, folder
+    return json.loads(done.stdout.splitlines()[-1]), memory_runs, folder
 
 
 @pytest.mark.parametrize(
@@ -280,26 +287,10 @@ def test_a_quantised_llms_weights_are_those_that_are_held() -> None:
     assert stages["context-64k"].optimizer == stages["context-256k"].optimizer
 
 
-def saved_bytes(model: torch.nn.Module, inputs: dict[str, Any]) -> int:
-    """What autograd keeps of a forward pass, parameters left out."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, tuple[int, torch.Tensor]] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(**inputs)
-    return sum(size for size, _ in kept.values())
-
-
 @pytest.mark.parametrize("trains", [True, False], ids=["trained", "frozen"])
 @pytest.mark.parametrize("mode", ["bf16", "autocast", "fp32"])
 @pytest.mark.parametrize("part", ["tower", "llm"])
-def test_activations_are_what_autograd_keeps(part: str, mode: Mode, trains: bool) -> None:
+def test_activations_are_what_autograd_keeps(memory_runs: ModuleType, part: str, mode: Mode, trains: bool) -> None:
     """What a second and a third layer add, with flash attention."""
     tokens, sizes = 256, {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 8}
     dtype = torch.bfloat16 if mode == "bf16" else torch.float32
@@ -322,10 +313,40 @@ def test_activations_are_what_autograd_keeps(part: str, mode: Mode, trains: bool
             model.get_input_embeddings().requires_grad_(True)  # so that gradients reach the layers' start
         shape = LayerShape.of(model, list(model.layers if part == "llm" else model.encoder.layers))
         with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
-            found = saved_bytes(model, inputs)
+            found = memory_runs.saved_bytes(model, inputs)
         kept.append(found - shape.activations(tokens, mode, trains, checkpointing=False))
     assert kept[0] == kept[1]  # all else than layers is the same
     assert shape.layers == 3 and shape.gated == (part == "llm")
+
+
+@pytest.mark.parametrize("trains", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("mode", ["bf16", "autocast", "fp32"])
+@pytest.mark.parametrize("shared", [(1, 1), (2, 1), (1, 2)], ids=lambda shared: f"{shared[0]}x{shared[1]}")
+def test_activations_are_what_autograd_keeps_of_shared_rows(
+    engines: tuple[dict[str, int], ModuleType, Path], shared: tuple[int, int], mode: Mode, trains: bool
+) -> None:
+    """Of two layers, by one of two ranks; with a row of two the one head of keys and values is repeated."""
+    held, runs, _ = engines
+    ulysses, ring = shared
+    model = runs.make_llm(2, mode, trains)
+    shape = LayerShape.of(model, list(model.layers))
+    assert shape.sent_key_value(ulysses) == 16 * ulysses
+    expected = shape.activations(runs.TOKENS, mode, trains, checkpointing=False, ulysses=ulysses)
+    assert held[f"{ulysses}x{ring} {mode} {trains}"] == expected
+
+
+@pytest.mark.parametrize("shared", [(2, 1), (1, 2)], ids=["ulysses", "ring"])
+def test_exchanges_take_no_more_than_their_buffers(
+    engines: tuple[dict[str, int], ModuleType, Path], shared: tuple[int, int]
+) -> None:
+    """What lives at most while a layer attends, over what does on one rank, less what its activations are."""
+    held, runs, _ = engines
+    ulysses, ring = shared
+    shape = LayerShape.of(llm := runs.make_llm(1, "bf16", True), list(llm.layers))
+    kept = [runs.TOKENS * shape.bytes_a_token("bf16", False, u) for u in (1, ulysses)]
+    more = held[f"{ulysses}x{ring} attended"] - held["1x1 attended"] - (kept[1] - kept[0])
+    buffers = ActivationShape(shape, shape, 0, 64).exchange_buffers(runs.TOKENS, 0, "bf16", ulysses, ring)
+    assert 0.5 * buffers < more <= buffers
 
 
 def test_checkpointed_layers_keep_their_inputs(plans: Callable[..., Plan]) -> None:
@@ -352,18 +373,72 @@ def test_zero_shares_what_its_stage_shares(plans: Callable[..., Plan]) -> None:
     assert many[3].weights == pytest.approx(2 * every / 64, rel=0.1)  # with what is too small to share
 
 
+# Shared rows
+
+
+def test_longvilas_stages_fit_their_gpus_as_they_are_shared(plans: Callable[..., Plan]) -> None:
+    made = plans("longvila-8b", gpus=8)
+    assert [(stage.ulysses, stage.ring) for stage in made.stages[4:]] == [(4, 1), (4, 2), (4, 2), (4, 2)]
+    assert all(stage.memory[3].total < made.gpu_memory for stage in made.stages)
+    assert made.notes == []
+
+
+def test_a_shared_row_is_its_ranks_parts(plans: Callable[..., Plan]) -> None:
+    """4 ranks keep of 256k tokens what one keeps of 64k, and the output of attention once more; see the formulas."""
+    extension, shared = plans("longvila-8b").stages[3:5]
+    more = 28 * 65536 * 2 * 3584  # of all layers
+    assert shared.activations[3][0] == extension.activations[3][0] + more
+    assert shared.activations[3][1] == extension.activations[3][1] + more / 28  # of the one that is computed again
+    assert shared.memory[3].weights == extension.memory[3].weights
+    exchanged = 65536 * 2 * 2 * (3584 + 2 * 512)  # of a layer, sent and received
+    assert shared.memory[3].buffers == extension.memory[3].buffers + exchanged
+
+
+def test_a_shared_video_is_its_ranks_frames(plans: Callable[..., Plan]) -> None:
+    rate = 64 * 989e12 * 0.4
+    shared = plans("longvila-8b").stages[7]
+    assert shared.imbalance == 1 and shared.step_s == pytest.approx(shared.flops.model / rate)
+    ranks = plans("longvila-8b", "stages.long-sft.parallel={ulysses: 4, ring: 4}").stages[7]
+    logits = 1024 * 152064 * (2 + 8)
+    assert ranks.activations[3][0] - logits == pytest.approx((shared.activations[3][0] - logits) / 2)
+    assert ranks.flops == shared.flops
+    odd = plans("longvila-8b", "sources.longvila-sft.frames=12", "stages.long-sft.batch.tiles=12").stages[7]
+    assert odd.imbalance == pytest.approx(2 / 1.5)  # 12 frames of 8 ranks
+    assert odd.step_s > 1.01 * odd.flops.model / rate
+
+
+def test_what_is_sent_is_the_formulas(plans: Callable[..., Plan]) -> None:
+    """Heads (U - 1) / U · (2H + 2K) / P each way; ring (R - 1) / R · 2K / U, backward that and 2K / U in fp32."""
+    stage = plans("longvila-8b", gpus=16).stages[6]
+    of_row = 2**20 * 128 * 2 * (3 / 4 * (2 * 28 + 2 * 4) / 8 * 3 + 1 / 2 * 2 * 4 / 4 * 3 + 2 * 2 * 4 / 4)
+    assert stage.sent == 28 * of_row * 64 / 2  # layers; rows of two groups; the forward pass runs twice
+    assert plans("longvila-8b", gpus=16).stages[3].sent == 0
+
+
+def test_heads_that_can_not_be_shared_are_refused() -> None:
+    recipe = load_recipe("longvila-8b", ["stages.align.parallel={ulysses: 14}"])  # of the scripts
+    with pytest.raises(RecipeError, match=r"stages.align: parallel: ulysses is 14.*accepted: 1, 2, 4, 28"):
+        plan(recipe, gpus=56)
+
+
 # Notes
 
 
 def test_what_can_not_train_is_said(plans: Callable[..., Plan]) -> None:
-    notes = plans("longvila-8b").notes
-    assert any("context-1m: a row of 1,048,576 tokens is one GPU's; sequence parallelism" in note for note in notes)
+    alone = [f"stages.context-{length}.parallel=null" for length in ("256k", "512k", "1m")]
+    notes = plans("longvila-8b", *alone).notes
     assert any("context-1m: engine zero3 takes" in note and "none, of ZeRO-0 to 3" in note for note in notes)
-    assert any("64 GPUs can't share the micro_batches of stages context-64k, long-sft" in note for note in notes)
-    assert not any("sft: a row" in note for note in notes if "long-sft" not in note)
+    assert [note.rpartition("; ")[2].rpartition(",")[0] for note in notes[1:]] == [
+        "parallel that fits: {ulysses: 2, ring: 1}",
+        "parallel that fits: {ulysses: 4, ring: 1}",
+        "parallel that fits: {ulysses: 4, ring: 2}",
+    ]
+    assert any("64 GPUs can't share the micro_batches of stages context-64k evenly" in note for note in notes)
     assert plans("nvila-8b").notes == []
     small = plan(load_recipe("nvila-8b", ["engine=zero1"]), gpu="A40", gpus=64).notes
     assert any("stages.sft: engine zero1 takes" in note and "those that fit: zero2, zero3" in note for note in small)
+    odd = plan(load_recipe("longvila-8b"), gpus=12).notes
+    assert any("12 GPUs are no multiple of those that share a row in stages context-512k, context-1m" in n for n in odd)
     short = plan(load_recipe("nvila-8b", ["stages.align.batch.tokens=2048"]), gpus=64).notes
     assert any("llava-cc3m-pretrain as assumed has 3,200 tokens and 17 tiles; a row accepts 2,048" in n for n in short)
 

@@ -18,11 +18,14 @@ from foveate.train.dryrun import dry_run
 from foveate.train.loop import train
 from foveate.train.recipe import Recipe, SourceData, StageRecipe, load_recipe, shipped_recipes
 from foveate.train.report import write_report
+from foveate.train.shapes import known_llm
+from foveate.vlm.parallel.topology import ParallelError, check_heads
 from foveate.vlm.processor import FoveateProcessor
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ["vila-1.5-3b", "nvila-lite-8b", "nvila-8b", "nvila-8b-video", "longvila-8b"]
 PROCESSES = {"longvila-8b": (8, 16, 32)}  # that a published batch is to be shared by; the others 64 too
+ALONE = [f"stages.{stage}.parallel=null" for stage in ("context-256k", "context-512k", "context-1m", "long-sft")]
 
 
 def sources_of(recipe: Recipe, stage: StageRecipe) -> list[str]:
@@ -67,6 +70,7 @@ def test_twin_has_the_stages_parts_and_kinds_of_data_of_its_recipe(name: str) ->
     for ours, theirs in zip(twin.stages, published.stages, strict=True):
         assert (ours.schedule, ours.rope_theta is None) == (theirs.schedule, theirs.rope_theta is None)
         assert (ours.lora and ours.lora.targets) == (theirs.lora and theirs.lora.targets)
+        assert (ours.parallel is None) == (theirs.parallel is None)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -81,13 +85,15 @@ def test_published_batches_are_what_their_comments_say_and_can_be_shared(name: s
     """`# 2048 samples × 140 tokens … = 70 rows`, then the batch; rounded by a third at most."""
     text = (ROOT / "train" / "recipes" / f"{name}.yaml").read_text()
     comments = [tuple(map(int, found)) for found in re.findall(r"# (\d+) samples × (\d+) tokens.* = (\d+) rows", text)]
-    stages = load_recipe(name).stages
-    assert len(comments) == len(stages)
-    for stage, (samples, tokens, rows) in zip(stages, comments, strict=True):
+    recipe = load_recipe(name)
+    assert len(comments) == len(recipe.stages)
+    for stage, (samples, tokens, rows) in zip(recipe.stages, comments, strict=True):
         batch = stage.batch
         assert abs(samples * tokens / batch.tokens - rows) < 1
         assert 2 / 3 < batch.rows * batch.micro_batches / rows < 4 / 3
-        assert all(batch.micro_batches % processes == 0 for processes in PROCESSES.get(name, (8, 16, 32, 64)))
+        degree = recipe.parallel_of(stage).degree
+        for processes in PROCESSES.get(name, (8, 16, 32, 64)):
+            assert processes % degree == 0 and batch.micro_batches % (processes // degree) == 0
 
 
 def test_nvilas_read_the_same_data() -> None:
@@ -130,6 +136,33 @@ def test_longvila_extends_its_context_before_its_videos() -> None:
     assert [stage.rope_theta for stage in stages] == [15300000, 207112184, 1062356830, 3580165449]
     assert [stage.batch.tokens for stage in stages] == [2**16, 2**18, 2**19, 2**20]
     assert all(stage.lora.rank == 8 and set(stage.learning_rates.values()) == {2e-5} for stage in stages)
+
+
+@pytest.mark.parametrize("name", ["longvila-8b", "tiny-longvila-8b"])
+def test_longvilas_processes_share_its_heads(name: str) -> None:
+    """28 heads and 4 of keys and values, of Qwen2 7B; 4 and 2."""
+    recipe = load_recipe(name)
+    text = known_llm(recipe.model.text) if name == "longvila-8b" else build_config(recipe.model)[0].text_config
+    grids = {stage.name: recipe.parallel_of(stage) for stage in recipe.stages}
+    for grid in grids.values():
+        check_heads(text, grid.ulysses)
+    assert [name for name, grid in grids.items() if grid.degree == 1] == ["align", "pretrain", "sft", "context-64k"]
+    if name == "longvila-8b":
+        with pytest.raises(ParallelError, match="accepted: 1, 2, 4, 28"):
+            check_heads(text, 14)  # of the scripts of 256 and 512 frames
+
+
+def test_needle_long_goes_on_where_needle_has_seen_128_frames() -> None:
+    before, after = load_recipe("needle"), load_recipe("needle-long")
+    steps = {stage.name: stage.steps for stage in before.stages}
+    seen = [data.frames[1] for stage in before.stages[:3] for data in stage.data]
+    text = (ROOT / "train" / "recipes" / "needle-long.yaml").read_text()
+    assert max(seen) == 128 and f"step-{sum(steps[name] for name in list(steps)[:3]):08d} " in text
+    assert [max(data.frames[1] for data in stage.data) for stage in after.stages] == [1024, 1024]
+    assert after.stages[0].rope_theta > before.model.text["rope_parameters"]["rope_theta"]
+    assert after.parallel.degree == 4 and all(
+        data.frames[1] <= stage.batch.tiles for stage in after.stages for data in stage.data
+    )
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -205,7 +238,7 @@ def test_tiny_recipe_has_a_first_step_in_each_stage(
     monkeypatch.chdir(tiny_data)
     names = [stage.name for stage in load_recipe(name).stages]
     overrides = [f"stages.{stage}.batch.{change}" for stage in names for change in ("window=4", "reserve=1")]
-    checks = dry_run(load_recipe(f"tiny-{name}", ["loader.workers=0", *overrides]), processes=2)
+    checks = dry_run(load_recipe(f"tiny-{name}", ["loader.workers=0", *overrides]), processes=4)
     assert [check.name for check in checks] == names
     assert all(check.loss_tokens > 0 and check.bad == 0 for check in checks)
     assert all((check.tiles == 0) == check.name.startswith("context") for check in checks), "which is extended on texts"
@@ -220,6 +253,7 @@ def test_tiny_recipe_trains_through_all_stages(
     small = ("steps=3", "batch.window=4", "batch.reserve=1", "batch.micro_batches=1")
     overrides = [f"stages.{stage}.{change}" for stage in names for change in small]
     overrides += ["tracking.wandb=disabled", "threads=1", "loader.workers=0", "validation.documents=3"]
+    overrides += ALONE if name == "longvila-8b" else []
     recipe = load_recipe(f"tiny-{name}", overrides)
     summaries = train(recipe, tmp_path / "run", device="cpu")
     assert [(summary.name, summary.steps) for summary in summaries] == [(stage, 3) for stage in names]
