@@ -6,8 +6,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +24,7 @@ from .train.bench_commands import app as bench_app
 
 if TYPE_CHECKING:
     from .vlm.model import FoveateForConditionalGeneration
+    from .vlm.parallel.topology import Topology
     from .vlm.processor import FoveateProcessor
 
 # Where torchao is installed, importing transformers logs what only its developers can act on.
@@ -46,6 +47,8 @@ app.add_typer(bench_app, name="bench")
 
 UsageError: Any = typer.BadParameter.__base__  # click's own, of which newer typers carry a copy
 STOPPED = 130  # the exit code that typer turns Ctrl-C into
+WEEK_S = 7 * 24 * 3600.0
+SILENT_S = 10.0  # longer than the first process needs to tell what failed
 
 ModelArgument = Annotated[
     str, typer.Argument(help="Directory or Hugging Face name of a Foveate model.", metavar="MODEL")
@@ -72,6 +75,23 @@ WeightsOption = Annotated[
 ]
 TowerWeightsOption = Annotated[
     str | None, typer.Option("--tower-weights", help="Quantise the vision tower's layers on loading: w8a8.")
+]
+
+
+UlyssesOption = Annotated[
+    int,
+    typer.Option(
+        min=1, help="Processes of a node that share a sequence and exchange attention heads; see --ring.", metavar="U"
+    ),
+]
+RingOption = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Rows of such processes, which pass keys and values on. With --ulysses U: torchrun --nproc-per-node U*R "
+        "--no-python -- foveate ...",
+        metavar="R",
+    ),
 ]
 
 
@@ -276,10 +296,13 @@ def ask(
         Path | None, typer.Option(help="With --prune: PNG to write, the media with the tokens lit that are kept.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print answer, tokens and seconds as JSON.")] = False,
+    ulysses: UlyssesOption = 1,
+    ring: RingOption = 1,
 ) -> None:
     """Answer a question about images and videos; without a question, answer several about the same media.
 
-    With --prune, what was processed is told on stderr; with --kv, what the KV cache holds.
+    With --prune, what was processed is told on stderr; with --kv, what the KV cache holds. With --ulysses or --ring
+    several processes share the frames and the tokens; the first one prints, and tells of its own KV cache.
     """
     paths, question = _split_question(media_and_question or [])
     if as_json and question is None:
@@ -298,70 +321,80 @@ def ask(
     from .vlm.cache.parse import kv_text
     from .vlm.cache.report import costs
     from .vlm.chat import Chat, load_media
+    from .vlm.parallel.inference import sequence_parallel
     from .vlm.pruning import Reduction
     from .vlm.pruning.report import cost_lines, costs_of_first
     from .vlm.pruning.show import check_places, kept_picture
 
     began = time.perf_counter()
-    loaded, processor = _load(model, schemes)
-    after_load = time.perf_counter()
-    if show is not None:
-        check_places(processor.image_tiling)
-    clip: dict[str, float | None] = {"fps": fps, "start_s": start_s, "end_s": end_s}
-    reduction = Reduction(loaded, methods, spec) if methods or spec else None
+    with ExitStack() as stack:
+        topology, device = stack.enter_context(_processes(ulysses, ring, "ask", waits=question is None))
+        speaks = topology.rank == 0
+        with _all_or_none(topology):
+            loaded, processor = _load(model, schemes, device)
+        after_load = time.perf_counter()
+        if show is not None:
+            check_places(processor.image_tiling)
+        clip: dict[str, float | None] = {"fps": fps, "start_s": start_s, "end_s": end_s}
+        reduction = Reduction(loaded, methods, spec) if methods or spec else None
 
-    def write(text: str) -> None:
-        print(text, end="", flush=True)
+        def write(text: str) -> None:
+            if speaks:
+                print(text, end="", flush=True)
 
-    def tell(since: int = 0, none: Sequence[str] = ()) -> None:
-        """What was saved goes to stderr, as it is no answer."""
-        assert reduction is not None
-        pruned = (cost_lines(reduction, since) or none) if methods else []
-        held = costs(chat.cache).lines() if spec and chat.cache else []
-        for line in (*pruned, *held):
-            print(line, file=sys.stderr)
+        def tell(since: int = 0, none: Sequence[str] = ()) -> None:
+            """What was saved goes to stderr, as it is no answer."""
+            assert reduction is not None
+            pruned = (cost_lines(reduction, since) or none) if methods else []
+            held = costs(chat.cache).lines() if spec and chat.cache else []
+            for line in (*pruned, *held):
+                print(line, file=sys.stderr)
 
-    with reduction or nullcontext():
-        media = [load_media(path, frames, processor, **clip) for path in paths]
-        chat = Chat(loaded, processor, media, max_visual_tokens)
-        media_s = time.perf_counter() - after_load
-        if question is None:
-            while (line := _read_question()) is not None:
-                told = len(reduction.prefills) if reduction else 0
-                try:
-                    chat.ask(line, max_new_tokens, write)
-                except ValueError as error:  # of this question; the conversation goes on
-                    print(f"foveate: {error}", end="", file=sys.stderr, flush=True)
-                print()
-                if reduction:
-                    tell(told)
+        with reduction or nullcontext(), sequence_parallel(loaded, topology):
+            with _all_or_none(topology):
+                media = [load_media(path, frames, processor, **clip) for path in paths]
+            chat = Chat(loaded, processor, media, max_visual_tokens)
+            media_s = time.perf_counter() - after_load
+            if question is None:
+                while (line := _read_question(topology)) is not None:
+                    told = len(reduction.prefills) if reduction else 0
+                    try:
+                        chat.ask(line, max_new_tokens, write)
+                    except ValueError as error:  # of this question; the conversation goes on
+                        if speaks:
+                            print(f"foveate: {error}", end="", file=sys.stderr, flush=True)
+                    write("\n")
+                    if reduction and speaks:
+                        tell(told)
+                return
+            answer = chat.ask(question, max_new_tokens, None if as_json else write)
+        if not speaks:
             return
-        answer = chat.ask(question, max_new_tokens, None if as_json else write)
-    if not as_json:
-        print()
-        if reduction:
-            tell(none=["visual tokens: none"])
-    if reduction and show is not None:
-        kept_picture(chat, reduction.prefills[0], methods).save(show, format="PNG")
-    if not as_json:
-        return
-    seconds = {
-        "load": after_load - began,
-        "media": media_s,
-        "prefill": answer.prefill_s,
-        "decode": answer.decode_s,
-    }
-    tokens = {"prompt": answer.prompt_tokens, "visual": answer.visual_tokens, "new": answer.new_tokens}
-    said: dict[str, Any] = {
-        "answer": answer.text,
-        "tokens": tokens,
-        "seconds": {k: round(v, 4) for k, v in seconds.items()},
-    }
-    if reduction and methods:
-        said["prune"] = costs_of_first(reduction)
-    if spec and chat.cache:
-        said["kv"] = {"kv": kv_text(spec)} | costs(chat.cache).as_json()
-    print(json.dumps(said))
+        if not as_json:
+            print()
+            if reduction:
+                tell(none=["visual tokens: none"])
+        if reduction and show is not None:
+            kept_picture(chat, reduction.prefills[0], methods).save(show, format="PNG")
+        if not as_json:
+            return
+        seconds = {
+            "load": after_load - began,
+            "media": media_s,
+            "prefill": answer.prefill_s,
+            "decode": answer.decode_s,
+        }
+        tokens = {"prompt": answer.prompt_tokens, "visual": answer.visual_tokens, "new": answer.new_tokens}
+        said: dict[str, Any] = {
+            "answer": answer.text,
+            "tokens": tokens,
+            "seconds": {k: round(v, 4) for k, v in seconds.items()},
+        }
+        if reduction and methods:
+            said["prune"] = costs_of_first(reduction)
+        if spec and chat.cache:
+            said["kv"] = {"kv": kv_text(spec)} | costs(chat.cache).as_json()
+        print(json.dumps(said))
 
 
 @app.command("import")
@@ -455,21 +488,31 @@ def evaluate(
     kv: KVOption = None,
     weights: WeightsOption = None,
     tower_weights: TowerWeightsOption = None,
+    ulysses: UlyssesOption = 1,
+    ring: RingOption = 1,
 ) -> None:
-    """Measure a model's generated answers on a task, with 95 % intervals and baselines."""
+    """Measure a model's generated answers on a task, with 95 % intervals and baselines.
+
+    With torchrun several processes share out the questions, or with --ulysses and --ring each sequence.
+    """
     if frames is not None and task != EvalTask.needles:
         raise typer.BadParameter(f"--frames with --task {task.value}; accepted: --task needles")
     methods, spec, schemes = _methods(prune), _kv(kv), _schemes(weights, tower_weights)
     from .eval.needle import evaluate_needles
     from .eval.report import evaluate_and_report
     from .eval.rows import evaluate_rows
+    from .vlm.parallel.inference import sequence_parallel
 
-    loaded, processor = _load(model, schemes)
-    if task == EvalTask.needles:
-        evaluate_needles(loaded, processor, out, n, split.value, Console(), methods, spec, frames or 64)
-        return
-    run = evaluate_rows if task == EvalTask.rows else evaluate_and_report
-    run(loaded, processor, out, n, split.value, Console(), methods, spec)
+    with _processes(ulysses, ring, "eval") as (topology, device):
+        console = Console(quiet=topology.rank > 0)
+        with _all_or_none(topology):
+            loaded, processor = _load(model, schemes, device)
+        with sequence_parallel(loaded, topology):
+            if task == EvalTask.needles:
+                evaluate_needles(loaded, processor, out, n, split.value, console, methods, spec, frames or 64, topology)
+                return
+            run = evaluate_rows if task == EvalTask.rows else evaluate_and_report
+            run(loaded, processor, out, n, split.value, console, methods, spec, topology)
 
 
 @app.command()
@@ -547,13 +590,63 @@ def _schemes(
     return schemes
 
 
-def _load(model: str, schemes: dict[str, Any]) -> "tuple[FoveateForConditionalGeneration, FoveateProcessor]":
+def _load(
+    model: str, schemes: dict[str, Any], device: str | None
+) -> "tuple[FoveateForConditionalGeneration, FoveateProcessor]":
     """Loads a model from a folder or by name, its weights quantised as `_schemes` says."""
     _check_folder(model)
     _quiet_libraries()
     from .vlm.chat import load_model
 
-    return load_model(model, **schemes)
+    return load_model(model, device, **schemes)
+
+
+@contextmanager
+def _processes(ulysses: int, ring: int, command: str, waits: bool = False) -> "Iterator[tuple[Topology, str | None]]":
+    """Joins the processes that torchrun started, and tells this one's place among them and its device, if it has one.
+
+    What all of them fail with is told by the first one.
+
+    Args:
+        command: `eval` may have several groups of processes that share a sequence, `ask` one.
+        waits: whether a person may let the others wait.
+    """
+    degree, launched = ulysses * ring, int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+    start = f"torchrun --nproc-per-node {degree} --no-python -- foveate {command} ..."  # or it would read --n itself
+    if degree > launched or launched % degree or (command == "ask" and launched != degree):
+        many = f"{'a multiple of ' if command == 'eval' else ''}{degree} process{'es' if degree > 1 else ''}"
+        raise typer.BadParameter(
+            f"--ulysses {ulysses} --ring {ring} are for {many}, but there {'is' if launched == 1 else 'are'} "
+            f"{launched}; accepted: {start}"
+        )
+    if launched == 1:
+        from .vlm.parallel.topology import Topology
+
+        yield Topology(), None
+        return
+    from .train.distributed import init_world
+    from .train.peers import ProcessLostError
+    from .vlm.parallel.topology import make_topology
+
+    rank = 0
+    try:
+        with init_world(timeout_s=WEEK_S if waits else 1800, advice="") as world:
+            rank = world.rank
+            try:
+                yield make_topology(ulysses, ring), str(world.device)
+            except KeyboardInterrupt:
+                if not rank:
+                    print("stopped", file=sys.stderr, flush=True)
+                os._exit(STOPPED)  # at once: the others are told to stop, too, and answer no more
+    except (UsageError, ValueError, OSError):
+        if rank:
+            time.sleep(SILENT_S)  # a launcher ends all when one does
+            raise typer.Exit(2) from None
+        raise
+    except RuntimeError as error:
+        if isinstance(error, ProcessLostError):
+            raise
+        raise RuntimeError(f"rank {rank}: {error}") from error
 
 
 def _check_folder(model: str) -> None:
@@ -590,8 +683,25 @@ def _split_question(arguments: list[str]) -> tuple[list[str], str | None]:
     return first, last
 
 
-def _read_question() -> str | None:
-    """A question from the prompt; None at its end (Ctrl-D, or `exit`)."""
+def _all_or_none(topology: "Topology") -> AbstractContextManager[None]:
+    """What fails on one process within it, fails on all."""
+    from .vlm.parallel.inference import together
+
+    return together(None) if topology.size > 1 else nullcontext()
+
+
+def _read_question(topology: "Topology") -> str | None:
+    """A question from the first process's prompt; None at its end (Ctrl-D, or `exit`)."""
+    if topology.size == 1:
+        return _read_line()
+    import torch.distributed as dist
+
+    read = [_read_line() if topology.rank == 0 else None]
+    dist.broadcast_object_list(read, src=0)
+    return read[0]
+
+
+def _read_line() -> str | None:
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -611,7 +721,11 @@ def main() -> None:
         code = app(args=arguments or ["--help"], standalone_mode=False) or 0
     except UsageError as error:
         command = getattr(getattr(error, "ctx", None), "command_path", "foveate")
-        print(f"{command}: {' '.join(error.format_message().split())} ({command} --help says more)", file=sys.stderr)
+        if int(os.environ.get("RANK", "0")):  # the command line is the same on all
+            time.sleep(SILENT_S)
+        else:
+            message = " ".join(error.format_message().split())
+            print(f"{command}: {message} ({command} --help says more)", file=sys.stderr)
         code = 2
     except BrokenPipeError:  # what reads our output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python writes the rest to it on exit
@@ -625,6 +739,6 @@ def main() -> None:
         else:
             print(f"foveate: {type(error).__name__}: {message} (--debug shows where)", file=sys.stderr)
         code = 2 if isinstance(error, ValueError | OSError) else 1
-    if code == STOPPED:
+    if code == STOPPED and int(os.environ.get("RANK", "0")) == 0:
         print("stopped", file=sys.stderr)
     sys.exit(code)

@@ -21,7 +21,10 @@ from ..data.glyphs import (
     random_scene,
 )
 from ..vlm.model import FoveateForConditionalGeneration
+from ..vlm.parallel.inference import parallel_session
+from ..vlm.parallel.topology import Topology
 from ..vlm.processor import FoveateProcessor
+from .sharing import ALONE, joined, own_part
 from .statistics import wilson_interval
 
 
@@ -104,8 +107,11 @@ class TaskResult:
         return {k: v for k, v in asdict(self).items() if k != "answers" and v is not None}
 
 
-def task_items(task: str, n: int, split: str = "test", seed: int = 0) -> Iterator[Item]:
+def task_items(task: str, n: int, split: str = "test", seed: int = 0, topology: Topology = ALONE) -> Iterator[Item]:
     """The task's questions, each about its own scene or clip; the same for the same seed and split.
+
+    Args:
+        topology: whose sequence groups share the questions out.
 
     Raises:
         ValueError: no such task or split.
@@ -114,7 +120,7 @@ def task_items(task: str, n: int, split: str = "test", seed: int = 0) -> Iterato
         raise ValueError(f"task is {task!r}; accepted: {', '.join(TASKS)}")
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; accepted: {', '.join(SPLITS)}")
-    for index in range(n):
+    for index in own_part(range(n), topology):
         yield TASKS[task](np.random.default_rng([7, seed, SPLITS.index(split), list(TASKS).index(task), index]), split)
 
 
@@ -151,6 +157,7 @@ def evaluate(
     seed: int = 0,
     batch_tokens: int = 8192,
     after_batch: Callable[[int], None] | None = None,
+    topology: Topology = ALONE,
 ) -> TaskResult:
     """Accuracy of generated answers on a task; right is what equals the truth.
 
@@ -159,8 +166,9 @@ def evaluate(
         task: one of `TASKS`.
         n: questions.
         split: whose digit images are shown; `test` is held out from training and tuning.
-        batch_tokens: questions are batched to about so many tokens.
+        batch_tokens: questions are batched to about so many tokens; under sequence parallelism one at a time.
         after_batch: called with the number of questions done.
+        topology: of the ranks, all of which call it; their sequence groups share the questions out.
     """
     results: list[dict[str, str]] = []
     waiting: list[Item] = []
@@ -175,13 +183,15 @@ def evaluate(
         if after_batch:
             after_batch(len(results))
 
-    for item in task_items(task, n, split, seed):
+    alone = parallel_session(model) is not None
+    for item in task_items(task, n, split, seed, topology):
         waiting.append(item)
         per_item = 16 + (item.frames * (processor.tokens_per_frame() + 1) or processor.tokens_per_image())
-        if len(waiting) * per_item >= batch_tokens:
+        if alone or len(waiting) * per_item >= batch_tokens:
             flush()
     if waiting:
         flush()
+    results = joined(results, topology)
     correct = sum(r["answer"] == r["truth"] for r in results)
     counts = Counter(r["fact"] for r in results)
     low, high = wilson_interval(correct, n)

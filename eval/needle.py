@@ -1,9 +1,10 @@
 """A needle in a long clip, found through any KV cache: `foveate eval --task needles` (docs/kv.md)."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,20 @@ from ..data.drawing import SPLITS
 from ..data.needles import haystack, needle_question
 from ..vlm.cache.parse import KVSpec
 from ..vlm.cache.report import costs
+from ..vlm.encode import encode_video
+from ..vlm.media import load_video
 from ..vlm.model import FoveateForConditionalGeneration
+from ..vlm.parallel.inference import parallel_session
+from ..vlm.parallel.topology import Topology
 from ..vlm.processor import FoveateProcessor
 from ..vlm.pruning.session import new_cache, reduce
 from .facts import result, run_facts
 from .report import options_of
+from .sharing import ALONE, joined, of_all_ranks, peak_memory
 from .statistics import wilson_interval
 
 ANSWER_TOKENS = 3  # colour, digit, end
-BATCH_TOKENS = 4096  # visual tokens that are read at a time
+BATCH_TOKENS = 1024  # visual tokens that are read at a time, at most, or else one question
 DEPTHS = ("first", "second", "third", "last")  # quarters of a clip
 
 
@@ -50,7 +56,7 @@ class Batch:
 
     Attributes:
         asked: the questions.
-        features: [tokens, D], of all clips.
+        features: [tokens, D], of all clips; under sequence parallelism this rank's share of them.
         first: int64 [batch, tokens], up to where the first answer begins.
         later: up to where the second does; the first answer is the true one.
     """
@@ -68,7 +74,7 @@ class Found:
     Attributes:
         right: whether the answer is the true one, word by word.
         depths: where in its clip what was asked for is shown, from 0 to 1.
-        kv_bytes: of a question's KV cache at the end, mean.
+        kv_bytes: of a question's KV cache at the end, mean; what this rank has of it.
     """
 
     right: tuple[bool, ...]
@@ -87,15 +93,18 @@ class Found:
         return {name: float(np.mean(some)) if some else None for name, some in zip(DEPTHS, quarters, strict=True)}
 
 
-def ask(n: int, frames: int, split: str = "test", seed: int = 0) -> Iterator[Asked]:
+def ask(n: int, frames: int, split: str = "test", seed: int = 0, topology: Topology = ALONE) -> Iterator[Asked]:
     """Questions, each pair about its own clip; the same for the same seed, split and number of frames.
+
+    Args:
+        topology: whose sequence groups share the questions out, as `own_part` does.
 
     Raises:
         ValueError: no such split, or fewer frames than needles.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; accepted: {', '.join(SPLITS)}")
-    for index in range(n):
+    for index in range(topology.data_rank, n, topology.data_size):
         clip = haystack(np.random.default_rng([31, seed, SPLITS.index(split), frames, index]), split, frames)
         here, there, *_ = clip.needles
         (first, answer), (other, then) = needle_question(clip.glyphs[here]), needle_question(clip.glyphs[there])
@@ -104,23 +113,35 @@ def ask(n: int, frames: int, split: str = "test", seed: int = 0) -> Iterator[Ask
 
 @torch.inference_mode()
 def prepare(
-    model: FoveateForConditionalGeneration, processor: FoveateProcessor, asked: Sequence[Asked]
+    model: FoveateForConditionalGeneration, processor: FoveateProcessor, asked: Iterable[Asked]
 ) -> Iterator[Batch]:
-    """Questions in batches, their clips encoded: once, however many KV caches they are asked through."""
-    size = max(1, BATCH_TOKENS // len(asked[0].frames)) if asked else 1
-    for start in range(0, len(asked), size):
-        some = tuple(asked[start : start + size])
+    """Questions in batches, their clips encoded: once, however many KV caches they are asked through.
+
+    Under sequence parallelism one at a time, of which each rank encodes its share.
+    """
+    session = parallel_session(model)
+    waiting = iter(asked)
+    while one := next(waiting, None):
+        size = 1 if session is not None else max(1, BATCH_TOKENS // len(one.frames))
+        some = (one, *islice(waiting, size - 1))
+        clips = [load_video(one.frames) for one in some]
+        plans = processor.plan(videos=clips).videos
         dialogues = [_dialogue(one) for one in some]
-        prompts = processor.apply_chat_template([one[:1] for one in dialogues], add_generation_prompt=True)
+        prompts: Any = processor.apply_chat_template([one[:1] for one in dialogues], add_generation_prompt=True)
         whole = processor.apply_chat_template(dialogues, add_generation_prompt=True)
-        inputs = processor(
-            text=prompts, videos=[one.frames for one in some], add_special_tokens=False, return_tensors="pt"
-        ).to(model.device)
-        first = inputs["input_ids"]
+        texts, _ = processor.get_text_with_replacements(list(prompts), [], [plan.text for plan in plans])
+        first = processor.tokenizer(texts, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
         rest = [text.removeprefix(prompt) for text, prompt in zip(whole, prompts, strict=True)]
         more = processor.tokenizer(rest, add_special_tokens=False, return_tensors="pt")["input_ids"].to(first)
-        videos = {name: inputs[name] for name in ("pixel_values_videos", "video_grids") if name in inputs}
-        yield Batch(some, torch.cat(model.encode_videos(**videos)), first, torch.cat([first, more], dim=1))
+        if session is None:
+            encoded = [encode_video(model, processor, clip, plan) for clip, plan in zip(clips, plans, strict=True)]
+        else:
+            costs = [(plan.frames, 1.0) for plan in plans]
+            parts = zip(clips, plans, session.share([], costs).frames, strict=True)
+            encoded = [encode_video(model, processor, clip, plan, part=own) for clip, plan, own in parts if own]
+            encoded = session.drop(encoded, [], costs)
+        features = torch.cat(encoded) if encoded else model.language_model.get_input_embeddings().weight[:0]
+        yield Batch(some, features, first, torch.cat([first, more], dim=1))
 
 
 def _dialogue(asked: Asked) -> list[dict]:
@@ -136,10 +157,11 @@ def _dialogue(asked: Asked) -> list[dict]:
 def find(
     model: FoveateForConditionalGeneration,
     processor: FoveateProcessor,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     methods: Sequence[Any] = (),
     kv: KVSpec | str | None = None,
     later: bool = False,
+    topology: Topology = ALONE,
 ) -> Found:
     """Generates the answers, greedily.
 
@@ -147,9 +169,10 @@ def find(
         methods: that drop visual tokens meanwhile; see `foveate.reduce`.
         kv: how keys and values are kept meanwhile; likewise.
         later: the second questions instead, in the KV cache that the first ones were read into.
+        topology: whose sequence groups each have some of the questions; what all found is given.
     """
-    right: list[bool] = []
-    held: list[int] = []
+    found: list[tuple[bool, float]] = []
+    held = 0  # bytes
     generate: Any = model.generate  # type: ignore[misc]  # transformers types its self as a protocol
     with reduce(model, *methods, kv=kv) if methods or kv is not None else nullcontext():
         for batch in batches:
@@ -162,11 +185,13 @@ def find(
                 input_ids=prompt, past_key_values=cache, max_new_tokens=ANSWER_TOKENS, do_sample=False, **given
             )
             texts = processor.batch_decode(said[:, prompt.shape[1] :], skip_special_tokens=True)
-            right += [text.strip() == one.answers[later] for text, one in zip(texts, batch.asked, strict=True)]
-            held.append(costs(cache).bytes)
-    asked = [one for batch in batches for one in batch.asked]
-    depths = tuple(one.places[later] / len(one.frames) for one in asked)
-    return Found(tuple(right), depths, sum(held) / len(asked))
+            held += costs(cache).bytes
+            found += [
+                (text.strip() == one.answers[later], one.places[later] / len(one.frames))
+                for text, one in zip(texts, batch.asked, strict=True)
+            ]
+    right, depths = zip(*joined(found, topology), strict=True)
+    return Found(right, depths, held / max(1, len(found)))
 
 
 def evaluate_needles(
@@ -179,6 +204,7 @@ def evaluate_needles(
     methods: Sequence[Any] = (),
     kv: KVSpec | None = None,
     frames: int = 64,
+    topology: Topology = ALONE,
 ) -> Found:
     """Asks for needles, prints what is right, and writes `metrics.json` in `out`.
 
@@ -188,19 +214,31 @@ def evaluate_needles(
         n: questions, each about its own clip.
         methods, kv: see `find`.
         frames: of each clip.
+        topology: of the ranks, all of which call it; the first one writes.
     """
-    found = find(model, processor, list(prepare(model, processor, list(ask(n, frames, split)))), methods, kv)
+    loaded = peak_memory(model.device)
+    batches = prepare(model, processor, ask(n, frames, split, topology=topology))
+    found = find(model, processor, batches, methods, kv, topology=topology)
+    memory = {"kv_bytes": found.kv_bytes, "loaded_bytes": loaded, "peak_bytes": peak_memory(model.device)}
+    ranks = of_all_ranks(memory, topology)
     low, high = wilson_interval(sum(found.right), n)
     console.print(f"needle_{frames}  {found.accuracy:.3f}  [{low:.3f}, {high:.3f}]  n={n}", highlight=False)
     quarters = ", ".join(f"{name} {value:.3f}" for name, value in found.by_depth().items() if value is not None)
     console.print(f"by quarter of the clip: {quarters}", highlight=False)
-    console.print(f"KV cache of a question: {found.kv_bytes / 1e3:.4g} kB", highlight=False)
-    if out is not None:
+    for rank, of_rank in enumerate(ranks):
+        where = f"rank {rank}, " if len(ranks) > 1 else ""
+        console.print(
+            f"{where}KV cache of a question: {of_rank['kv_bytes'] / 1e3:.4g} kB, peak memory "
+            f"{of_rank['peak_bytes'] / 1e6:.4g} MB ({of_rank['loaded_bytes'] / 1e6:.4g} MB after loading)",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if out is not None and topology.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        options, asked_for = options_of(methods, kv)
+        options, asked_for = options_of(methods, kv, topology)
         facts = run_facts(f"foveate eval --task needles --frames {frames} --n {n} --split {split}{options}")
         entry = result(f"needle_{frames}", found.accuracy, "fraction", n, low=low, high=high)
-        told = {"by_depth": found.by_depth(), "kv_bytes": found.kv_bytes, "results": [entry]}
+        told = {"by_depth": found.by_depth(), "kv_bytes": found.kv_bytes, "ranks": ranks, "results": [entry]}
         (out / "metrics.json").write_text(json.dumps(facts | asked_for | told, indent=1))
         console.print(f"metrics in {out / 'metrics.json'}")
     return found

@@ -20,12 +20,15 @@ from ..data.glyphs import Question
 from ..data.sorting import COLUMNS, ROWS, row_scene, sort_row
 from ..vlm.cache.parse import KVSpec
 from ..vlm.model import FoveateForConditionalGeneration
+from ..vlm.parallel.inference import parallel_session
+from ..vlm.parallel.topology import Topology
 from ..vlm.processor import FoveateProcessor
-from ..vlm.pruning import Prefill, Reduction, parse_method, reduce
+from ..vlm.pruning import Prefill, parse_method, reduce
 from ..vlm.pruning.costs import summary
 from .facts import result
 from .glyphs import Item, answer
 from .report import plt, png
+from .sharing import ALONE, joined, of_all_groups, own_part
 
 IN_LLM = ("fastv", "sparsevlm", "sparsevlm+", "pyramiddrop")
 AFTER_TOWER = ("visionzip", "fastervlm", "vtc-cls", "hired")
@@ -167,29 +170,36 @@ def measure(
     batch: int = 250,
     methods: Sequence[Any] | None = None,
     kv: KVSpec | None = None,
+    topology: Topology = ALONE,
 ) -> Measured:
     """Generates the answers in a setting and compares them with the truth.
 
     Args:
-        batch: questions at a time.
+        batch: questions at a time; under sequence parallelism one.
         methods: that drop visual tokens; the setting's when None.
         kv: how keys and values are kept; see `foveate.reduce`.
+        topology: of the ranks, all of which call it; their sequence groups share the questions out.
     """
     if methods is None:
         methods = [parse_method(setting.method)] if setting.method else []
     reduction = reduce(model, *methods, kv=kv) if methods or kv else None
     said: list[str] = []
     with reduction or nullcontext():
-        for start in range(0, len(items), batch):
-            words = len(items[start].question.answer.split())
-            said += answer(model, processor, items[start : start + batch], max_new_tokens=words + 1)
+        own, batch = own_part(items, topology), batch if parallel_session(model) is None else 1
+        for start in range(0, len(own), batch):
+            words = len(own[start].question.answer.split())
+            said += answer(model, processor, own[start : start + batch], max_new_tokens=words + 1)
+    said = joined(said, topology)
     words = len(items[0].question.answer.split())
     right = tuple(right_words(a, item.question.answer) for a, item in zip(said, items, strict=True))
-    pruned = reduction if methods else None
-    costs = _costs(model, pruned)
-    recall = _recall(pruned.prefills, [item.question.cell or 0 for item in items]) if pruned else 1.0
-    tokens = float(processor.tokens_per_image())
-    return Measured(setting, seed, right, words, recall, *(costs or (tokens, 1.0)))
+    recall, visual, flops = 1.0, float(processor.tokens_per_image()), 1.0
+    if reduction is not None and methods:
+        cells = [item.question.cell or 0 for item in own]
+        found = of_all_groups((reduction.prefills, cells), topology)
+        prefills = [prefill for of_group, _ in found for prefill in of_group]
+        recall = _recall(prefills, [cell for _, of_group in found for cell in of_group])
+        visual, flops = _costs(model, prefills, methods)
+    return Measured(setting, seed, right, words, recall, visual, flops)
 
 
 def right_words(said: str, true: str) -> int:
@@ -197,12 +207,12 @@ def right_words(said: str, true: str) -> int:
     return sum(a == b for a, b in zip(said.split(), true.split(), strict=False))
 
 
-def _costs(model: FoveateForConditionalGeneration, reduction: Reduction | None) -> tuple[float, float] | None:
+def _costs(
+    model: FoveateForConditionalGeneration, prefills: Sequence[Prefill], methods: Sequence[Any]
+) -> tuple[float, float]:
     """Visual tokens that a layer processes of a question, and FLOPs against nothing dropped."""
-    if reduction is None:
-        return None
-    costs = [summary(model.config, prefill, reduction.methods) for prefill in reduction.prefills]
-    questions = sum(len(prefill.given) for prefill in reduction.prefills)
+    costs = [summary(model.config, prefill, methods) for prefill in prefills]
+    questions = sum(len(prefill.given) for prefill in prefills)
     visual = sum(cost.pruned.mean_visual for cost in costs) / questions
     return visual, sum(cost.pruned.flops for cost in costs) / sum(cost.full.flops for cost in costs)
 

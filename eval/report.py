@@ -18,11 +18,13 @@ from rich.table import Table
 from ..vlm.cache.parse import KVSpec, kv_text
 from ..vlm.media import load_video
 from ..vlm.model import FoveateForConditionalGeneration
+from ..vlm.parallel.topology import Topology
 from ..vlm.processor import FoveateProcessor
 from ..vlm.pruning import Reduction, method_text
 from ..vlm.pruning.report import mean_visual_tokens
 from .facts import run_facts
 from .glyphs import TASKS, Item, TaskResult, answer, evaluate, task_items
+from .sharing import ALONE, of_all_groups
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -35,11 +37,13 @@ def evaluate_tasks(
     split: str,
     console: Console,
     reduction: Reduction | None = None,
+    topology: Topology = ALONE,
 ) -> dict[str, TaskResult]:
     """Every task of the embedded data, printed as it is measured.
 
     Args:
         reduction: within which it is called, and that tells how many visual tokens are processed.
+        topology: of the ranks, all of which call it.
     """
     results = {}
     for task in TASKS:
@@ -49,11 +53,13 @@ def evaluate_tasks(
             def show(done: int, task: str = task, status: Status = status) -> None:
                 status.update(f"{task}: {done} of {n} questions")
 
-            results[task] = evaluate(model, processor, task, n, split, after_batch=show)
+            results[task] = evaluate(model, processor, task, n, split, after_batch=show, topology=topology)
         r = results[task]
         processed = ""
         if reduction and reduction.methods:
-            r.visual_tokens, r.processed_visual_tokens = mean_visual_tokens(reduction.prefills[done_before:])
+            done = of_all_groups(reduction.prefills[done_before:], topology)
+            prefills = [prefill for of_group in done for prefill in of_group]
+            r.visual_tokens, r.processed_visual_tokens = mean_visual_tokens(prefills)
             processed = f"  visual tokens {r.processed_visual_tokens:.1f} of {r.visual_tokens:.1f}"
         console.print(
             f"{task:>14}  {r.accuracy:.3f}  [{r.low:.3f}, {r.high:.3f}]  n={r.n}  "
@@ -72,22 +78,24 @@ def evaluate_and_report(
     console: Console,
     methods: Sequence[Any] = (),
     kv: KVSpec | None = None,
+    topology: Topology = ALONE,
 ) -> dict[str, TaskResult]:
     """`evaluate_tasks`, then `metrics.json` and `report.html` in `out`.
 
     Args:
         methods: that drop visual tokens meanwhile; see `foveate.reduce`.
         kv: how keys and values are kept meanwhile; likewise.
+        topology: of the ranks, all of which call it; the first one writes.
     """
     reduction = Reduction(model, methods, kv) if methods or kv else None
     with reduction or nullcontext():
-        results = evaluate_tasks(model, processor, n, split, console, reduction)
+        results = evaluate_tasks(model, processor, n, split, console, reduction, topology)
         if out is not None:
             examples = example_items(split)
             answers = answer_each(model, processor, examples)
-    if out is not None:
+    if out is not None and topology.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        options, told = options_of(methods, kv)
+        options, told = options_of(methods, kv, topology)
         facts = run_facts(f"foveate eval --task glyphs --n {n} --split {split}{options}") | told
         tasks = {task: result.summary() for task, result in results.items()}
         (out / "metrics.json").write_text(json.dumps(facts | {"tasks": tasks}, indent=1))
@@ -98,11 +106,15 @@ def evaluate_and_report(
     return results
 
 
-def options_of(methods: Sequence[Any], kv: KVSpec | None) -> tuple[str, dict[str, Any]]:
+def options_of(methods: Sequence[Any], kv: KVSpec | None, topology: Topology = ALONE) -> tuple[str, dict[str, Any]]:
     """What was asked for, as options of the command, and as fields of `metrics.json`."""
     prune = [method_text(method) for method in methods]
     options = "".join(f" --prune {text}" for text in prune) + (f" --kv {kv_text(kv)}" if kv else "")
-    return options, ({"prune": prune} if prune else {}) | ({"kv": kv_text(kv)} if kv else {})
+    told: dict[str, Any] = ({"prune": prune} if prune else {}) | ({"kv": kv_text(kv)} if kv else {})
+    if topology.size > 1:
+        options += f" --ulysses {topology.ulysses} --ring {topology.ring}"
+        told["parallel"] = {"ulysses": topology.ulysses, "ring": topology.ring, "processes": topology.size}
+    return options, told
 
 
 def example_items(split: str) -> list[Item]:

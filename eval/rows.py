@@ -11,10 +11,12 @@ from ..data.drawing import CELL
 from ..data.sorting import COLUMNS, ROWS
 from ..vlm.cache.parse import KVSpec
 from ..vlm.model import FoveateForConditionalGeneration
+from ..vlm.parallel.topology import Topology
 from ..vlm.processor import FoveateProcessor
 from .facts import result, run_facts
 from .prune import Measured, Setting, bootstrap_interval, exact_scores, measure, per_question, row_items, word_scores
 from .report import options_of
+from .sharing import ALONE
 
 
 def evaluate_rows(
@@ -26,6 +28,7 @@ def evaluate_rows(
     console: Console,
     methods: Sequence[Any] = (),
     kv: KVSpec | None = None,
+    topology: Topology = ALONE,
 ) -> Measured:
     """Asks for sorted rows, prints what is right, and writes `metrics.json` in `out`.
 
@@ -35,6 +38,7 @@ def evaluate_rows(
         n: questions, each about its own scene.
         methods: that drop visual tokens meanwhile; see `foveate.reduce`.
         kv: how keys and values are kept meanwhile; likewise.
+        topology: of the ranks, all of which call it; the first one writes.
 
     Raises:
         ValueError: the model does not read one token a cell.
@@ -45,9 +49,10 @@ def evaluate_rows(
             f"the model reads {tokens} tokens of a scene of rows; accepted: {ROWS * COLUMNS}, one a cell, as "
             "models of the recipe sort-row do"
         )
-    options, asked_for = options_of(methods, kv)
+    options, asked_for = options_of(methods, kv, topology)
     setting = Setting(options.strip() or "full", 1.0)
-    measured = measure(model, processor, row_items(n, split), setting, 0, methods=methods, kv=kv)
+    items = row_items(n, split)
+    measured = measure(model, processor, items, setting, 0, methods=methods, kv=kv, topology=topology)
     results = []
     for name, value in (("word_accuracy", word_scores), ("exact_match", exact_scores)):
         scores = per_question([measured], value)
@@ -61,7 +66,7 @@ def evaluate_rows(
         highlight=False,
         soft_wrap=True,
     )
-    if out is not None:
+    if out is not None and topology.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         facts = run_facts(f"foveate eval --task rows --n {n} --split {split}{options}")
         content = facts | asked_for | told | {"results": results}

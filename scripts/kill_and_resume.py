@@ -10,6 +10,7 @@ which has imported everything.
 
 import argparse
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -130,6 +131,8 @@ def run(kills: int, folder: Path) -> dict[str, Any]:
     text = RECIPE.replace("SHARDS", str(folder / "shards")).replace("WORKERS", str(WORKERS))
     (folder / "killed.yaml").write_text(text.replace("EPOCHS", str(EPOCHS)))
     recipe = load_recipe(folder / "killed.yaml")
+    gc.collect()
+    gc.freeze()  # a collection in a fork then passes over the libraries
     began = time.monotonic()
     children = start(recipe, folder / "whole")
     metrics = folder / "whole" / "metrics.jsonl"

@@ -1,7 +1,9 @@
 """Questions and answers about media, turn by turn on one KV cache."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from .checkpoints import load
 from .encode import encode_video
 from .media import MediaError, Video, load_image, sample_video
 from .model import FoveateForConditionalGeneration
+from .parallel.inference import Share, own_images, parallel_session, together
 from .processor import FoveateProcessor, VideoSource
 from .pruning.session import is_reduced, new_cache
 from .quantised_weights import Scheme, quantise, use_kernels
@@ -98,7 +101,8 @@ class Chat:
         max_visual_tokens: budget of all media together; the processor's own when None. See `processor.plan`.
 
     Made within `foveate.reduce`, it reads fewer visual tokens, or has the KV cache that was asked for there; it is then
-    asked within it, too, and not elsewhere.
+    asked within it, too, and not elsewhere. So it is with `sequence_parallel`, where all ranks of the group make it and
+    ask it the same; each decodes and encodes its share of the frames.
 
     Attributes:
         media: as given.
@@ -123,20 +127,31 @@ class Chat:
         self.plan = plan = processor.plan(images, videos, max_visual_tokens)
         tiles = processor.cut(replace(plan, videos=()), images)
         self.image_texts, self.video_texts = list(tiles.image_texts), [one.text for one in plan.videos]
-        self.features: dict[str, torch.Tensor] = {}  # [tokens, D] of all images, of all videos
-        with torch.no_grad():
-            if images:
-                inputs = {name: given.to(model.device) for name, given in processor.media_inputs([tiles]).items()}
-                self.features["image_features"] = torch.cat(model.encode_images(**inputs))
-            if videos:
-                queries = plan.video_tiling.tokens_per_tile
-                self.features["video_features"] = torch.cat(
-                    [
-                        encode_video(model, processor, m.source if isinstance(m, VideoSource) else m, one, queries)
-                        for m, one in zip(videos, plan.videos, strict=True)
-                    ]
+        self.features: dict[str, torch.Tensor] = {}  # [tokens, D] of all images, of all videos; of this rank's share
+        parallel = parallel_session(model)
+        with torch.no_grad(), nullcontext() if parallel is None else together(parallel.topology.group):
+            costs = [one.tiles * math.prod(one.tile) for one in plan.images]
+            clips = [(one.frames, float(math.prod((*one.grid, *one.tile)))) for one in plan.videos]
+            every = Share(range(len(images)), tuple(range(one.frames) for one in plan.videos))
+            share = every if parallel is None else parallel.share(costs, clips)
+            if share.images:
+                inputs = own_images(model.config, processor.media_inputs([tiles]), share.images)
+                encoded = model.encode_images(**{name: given.to(model.device) for name, given in inputs.items()})
+                self.features["image_features"] = torch.cat(encoded)
+            queries = plan.video_tiling.tokens_per_tile
+            encoded = [
+                encode_video(
+                    model, processor, m.source if isinstance(m, VideoSource) else m, one, queries,
+                    part=None if parallel is None else frames,
                 )
-        self.reduced = is_reduced(model)
+                for m, one, frames in zip(videos, plan.videos, share.frames, strict=True)
+                if frames
+            ]  # fmt: skip
+        if parallel is not None:
+            encoded = parallel.drop(encoded, costs, clips)
+        if encoded:
+            self.features["video_features"] = torch.cat(encoded)
+        self.reduced, self.parallel = is_reduced(model), parallel is not None
         self.messages: list[dict] = []
         self.cache: Cache | None = None
         self.cached_ids: list[int] = []
@@ -150,15 +165,17 @@ class Chat:
             on_text: called with each new piece of the answer as it comes.
 
         Raises:
-            ValueError: the question holds a media placeholder, or is empty; or it was made within `foveate.reduce` and
-                is asked outside, or the other way round.
+            ValueError: the question holds a media placeholder, or is empty; or it was made within `foveate.reduce` or
+                `sequence_parallel` and is asked outside, or the other way round.
         """
         processor = self.processor
-        if is_reduced(self.model) != self.reduced:
-            here, there = ("outside", "within") if self.reduced else ("within", "outside")
-            raise ValueError(
-                f"asked {here} foveate.reduce, about media encoded {there}; accepted: both within, or neither"
-            )
+        for name, made, asked in (
+            ("foveate.reduce", self.reduced, is_reduced(self.model)),
+            ("sequence_parallel", self.parallel, parallel_session(self.model) is not None),
+        ):
+            if made != asked:
+                here, there = ("outside", "within") if made else ("within", "outside")
+                raise ValueError(f"asked {here} {name}, about media encoded {there}; accepted: both within, or neither")
         if not question.strip():
             raise ValueError("the question is empty; accepted: text")
         if processor.image_token in question or processor.video_token in question:

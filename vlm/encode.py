@@ -24,6 +24,7 @@ def encode_video(
     plan: VideoPlan,
     queries: int | None = None,
     limits: MediaLimits = DEFAULT_LIMITS,
+    part: range | None = None,
 ) -> torch.Tensor:
     """Encodes a video chunk by chunk as it is decoded.
 
@@ -32,18 +33,23 @@ def encode_video(
         plan: what `processor.plan` or `plan_video` gave for it.
         queries: tokens a frame, with projector `resampler`.
         limits: see `media.py`.
+        part: numbers of the frames that are decoded and encoded, whole groups of those that are pooled; all when None.
+            What methods for whole videos drop is then left to the caller.
 
     Returns:
-        [plan.tokens, D], what `model.encode_videos` gives of all its frames at once; within `foveate.reduce` too.
+        [plan.tokens, D], what `model.encode_videos` gives of all its frames at once; within `foveate.reduce` too. Of a
+        part its tokens alone.
 
     Raises:
         MediaError: it can't be read, or a frame can't be decoded.
     """
-    tail = int(model.config.tiling == "anyres")  # the newline that ends a video
-    groups = -(-plan.frames // model.config.video_pool[0])
+    is_part, part = part is not None, range(plan.frames) if part is None else part
+    tail = int(model.config.tiling == "anyres" and part.stop == plan.frames)  # the newline that ends a video
+    groups = -(-len(part) // model.config.video_pool[0])
     with whole_video(model) as reduced:
-        features = joined(_chunks(model, processor, source, plan, queries, limits), plan.tokens)
-        return reduced(features, groups, tail)
+        chunks = _chunks(model, processor, source, plan, queries, limits, part)
+        features = joined(chunks, groups * plan.tokens_per_group + tail)
+        return features if is_part else reduced(features, groups, tail)
 
 
 def _chunks(
@@ -53,11 +59,12 @@ def _chunks(
     plan: VideoPlan,
     queries: int | None,
     limits: MediaLimits,
+    part: range,
 ) -> Iterator[torch.Tensor]:
     """What the LLM reads of a few frames at a time, [tokens, D]."""
-    group, done = model.config.video_pool[0], 0
+    group, done = model.config.video_pool[0], part.start
     batch = group * max(1, TOWER_BATCH // group)  # whole groups
-    for frames in planned_frames(processor, source, plan, batch, limits):
+    for frames in planned_frames(processor, source, plan, batch, limits, part):
         done += len(frames)
         tiles = to_tiles(frames, plan.size, processor.resample)
         if model.config.tiling == "native":
@@ -73,16 +80,22 @@ def _chunks(
 
 
 def planned_frames(
-    processor: FoveateProcessor, source: Any, plan: VideoPlan, batch: int, limits: MediaLimits = DEFAULT_LIMITS
+    processor: FoveateProcessor,
+    source: Any,
+    plan: VideoPlan,
+    batch: int,
+    limits: MediaLimits = DEFAULT_LIMITS,
+    part: range | None = None,
 ) -> Iterator[np.ndarray]:
     """Decodes a plan's frames, uint8 [up to batch, height, width, 3]; arguments as of `encode_video`.
 
     Their size may be the source's own.
     """
+    some = slice(0, plan.frames) if part is None else slice(part.start, part.stop)
     if isinstance(source, Video):
-        chosen = source.frames[np.isin(source.timestamps_s, plan.times_s)]
-        yield from (chosen[start : start + batch] for start in range(0, len(chosen), batch))
+        chosen = np.isin(source.timestamps_s, plan.times_s).nonzero()[0][some]
+        yield from (source.frames[chosen[start : start + batch]] for start in range(0, len(chosen), batch))
         return
     size = plan.size if processor.resample == Image.Resampling.BICUBIC else None  # what decoding resizes with
     backend = processor.video_backend
-    yield from iter_video(source, times_s=plan.times_s, size=size, backend=backend, batch=batch, limits=limits)
+    yield from iter_video(source, times_s=plan.times_s[some], size=size, backend=backend, batch=batch, limits=limits)

@@ -192,7 +192,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
         seen.batches.append(len(batch))
         return [says[int(item.question.text.split()[1])] for item in batch]
 
-    monkeypatch.setattr(glyphs, "task_items", lambda task, n, split, seed: iter(items[:n]))
+    monkeypatch.setattr(glyphs, "task_items", lambda task, n, split, seed, topology: iter(items[:n]))
     monkeypatch.setattr(glyphs, "answer", answered)
     yield seen
 

@@ -19,8 +19,11 @@ class Dense(Store):
     """Buffers that double when they are full; a prompt's keys and values are copied once, and each new token's.
 
     Attributes:
+        growth: by which part of them they grow instead, one in so many.
         keys, values: [batch, kv_heads, columns, head_dim], views of the buffers.
     """
+
+    growth = 1
 
     def __init__(self) -> None:
         self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None  # [batch, kv_heads, capacity, head_dim]
@@ -44,7 +47,8 @@ class Dense(Store):
             self.buffers = (keys.clone(), values.clone())  # not theirs: a projection's output may be a part of more
         else:
             if end > self.buffers[0].shape[2]:
-                self._grow(max(end, 2 * self.buffers[0].shape[2]))
+                capacity = self.buffers[0].shape[2]
+                self._grow(max(end, capacity + max(1, capacity // self.growth)))
             for buffer, new in zip(self.buffers, (keys, values), strict=True):
                 buffer[:, :, self.columns : end] = new
         self.columns = end

@@ -134,9 +134,13 @@ class Packed(Store):
     def attend(self, query: Query) -> torch.Tensor:
         if not self.packed:
             return query.own(*self.dense())
+        return self.attend_part(query)[0].to(query.states.dtype)
+
+    def attend_part(self, query: Query) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `packed_attention`, where other stores hold the rest of the columns; something is packed."""
         states = rotated(query.states) if self.hadamard else query.states
-        out, _ = self.bank.attend(states, *self._full(), query.scaling, *self._masks(query))
-        return self._back(out, query.states.dtype)
+        out, lse = self.bank.attend(states, *self._full(), query.scaling, *self._masks(query))
+        return self._back(out, out.dtype), lse
 
     def _masks(self, query: Query) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The mask of the packed columns and that of the others."""

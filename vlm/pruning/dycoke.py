@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import torch
 
 from .base import check_keep
+from .videos import similarities
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,12 @@ class DyCoke:
         Returns:
             bool [frames, tokens].
         """
-        kept = torch.zeros(video.shape[:2], dtype=torch.bool, device=video.device)
-        for frame, tokens in zip(kept, self.ranked(video), strict=True):
+        return self.kept(self._similarity(video))
+
+    def kept(self, similarity: torch.Tensor) -> torch.Tensor:
+        """Which tokens stay, bool [frames, tokens], by their similarity to the other frame, [frames, tokens]."""
+        kept = torch.zeros_like(similarity, dtype=torch.bool)
+        for frame, tokens in zip(kept, self._ranked(similarity), strict=True):
             frame[tokens] = True
         return kept
 
@@ -55,19 +60,21 @@ class DyCoke:
         Args:
             video: see `select`.
         """
-        frames, tokens = video.shape[:2]
-        budget = int(round(self.keep * tokens, 6))  # 0.3 of 10 is 3, whatever 1 - 0.7 is
-        ranked = []
-        for number, frame in enumerate(video):
-            other = self._compared_with(number, frames)
-            if other is None:
-                ranked.append(torch.arange(tokens, device=video.device))
-            else:
-                similarity = torch.cosine_similarity(frame.float(), video[other].float(), dim=-1)  # [tokens]
-                ranked.append(similarity.argsort(stable=True)[:budget])
-        return ranked
+        return self._ranked(self._similarity(video))
 
-    def _compared_with(self, frame: int, frames: int) -> int | None:
+    def _similarity(self, video: torch.Tensor) -> torch.Tensor:
+        return similarities(video, [self.compared_with(frame, len(video)) for frame in range(len(video))])
+
+    def _ranked(self, similarity: torch.Tensor) -> list[torch.Tensor]:
+        frames, tokens = similarity.shape
+        budget = int(round(self.keep * tokens, 6))  # 0.3 of 10 is 3, whatever 1 - 0.7 is
+        every = torch.arange(tokens, device=similarity.device)
+        return [
+            every if self.compared_with(number, frames) is None else of_frame.argsort(stable=True)[:budget]
+            for number, of_frame in enumerate(similarity)
+        ]
+
+    def compared_with(self, frame: int, frames: int) -> int | None:
         """The frame that a frame of a video is compared with; None where it stays whole."""
         if frame % 2:
             return frame - 1

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 
 from .base import check_keep
+from .videos import similarities
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,20 @@ class EVS:
         Returns:
             bool [frames, tokens].
         """
-        frames, tokens = video.shape[:2]
+        frames = len(video)
+        return self.kept(similarities(video, [self.compared_with(frame, frames) for frame in range(frames)]))
+
+    def compared_with(self, frame: int, frames: int) -> int | None:
+        """The frame before."""
+        return frame - 1 if frame else None
+
+    def kept(self, similarity: torch.Tensor) -> torch.Tensor:
+        """Which tokens stay, bool [frames, tokens], by their similarity to the frame before, [frames, tokens]."""
+        frames, tokens = similarity.shape
         budget = max(tokens, int(round(frames * tokens * self.keep, 6)))
-        change = 1 - torch.cosine_similarity(video[1:].float(), video[:-1].float(), dim=-1)  # [frames - 1, tokens]
+        change = 1 - similarity[1:]
         most = change.flatten().argsort(descending=True, stable=True)[: budget - tokens]
-        kept = torch.zeros(frames * tokens, dtype=torch.bool, device=video.device)
+        kept = torch.zeros(frames * tokens, dtype=torch.bool, device=similarity.device)
         kept[:tokens] = True
         kept[tokens + most] = True
         return kept.unflatten(0, (frames, tokens))

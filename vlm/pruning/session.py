@@ -65,11 +65,12 @@ def is_reduced(model: PreTrainedModel) -> bool:
 
 
 def new_cache(model: PreTrainedModel) -> Cache:
-    """A KV cache for a new sequence: of the reduction that is open, or a DynamicCache."""
+    """A KV cache for a new sequence: of the reduction or the sequence parallelism that is open, or a DynamicCache."""
     reduction: Reduction | None = getattr(model, "_foveate_reduction", None)
-    if reduction is None:
-        return DynamicCache(config=model.get_decoder().config)
-    return reduction.new_cache()
+    if reduction is not None:
+        return reduction.new_cache()
+    parallel = _parallel(model)
+    return DynamicCache(config=model.get_decoder().config) if parallel is None else parallel.new_cache()
 
 
 class Reduction:
@@ -164,6 +165,8 @@ class Reduction:
 
     def new_cache(self) -> Cache:
         """A KV cache for a new sequence."""
+        if (parallel := _parallel(self.architecture.model)) is not None:
+            return parallel.new_cache(self.kv)
         if self.kv is None:
             return DynamicCache(config=self.architecture.config)
         return KVCache(self.architecture.model, self.kv)
@@ -179,7 +182,9 @@ class Reduction:
         def asked(name: str) -> Any:
             return kwargs[name] if name in kwargs else getattr(config, name, None)
 
-        _refuse(asked("use_cache"), kwargs.get("past_key_values"))
+        parallel = _parallel(self.architecture.model)
+        if parallel is None:
+            _refuse(asked("use_cache"), kwargs.get("past_key_values"))
         if self.methods and asked("prefill_chunk_size") is not None:
             raise ValueError(
                 f"prefill_chunk_size is {asked('prefill_chunk_size')}; accepted within foveate.reduce: None, "
@@ -197,7 +202,7 @@ class Reduction:
                 )
             kwargs["past_key_values"] = self.new_cache()
         made = generate(*args, **kwargs)
-        if isinstance(kwargs.get("past_key_values"), KVCache):
+        if isinstance(kwargs.get("past_key_values"), KVCache) or (self.kv is not None and parallel is not None):
             self.held.append(costs(kwargs["past_key_values"]))
         return made
 
@@ -211,6 +216,8 @@ class Reduction:
     def _before_model(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Notes which tokens are visual."""
         self._end()
+        if _parallel(model) is not None:  # which drops what is to be dropped before the tokens are shared
+            return
         if kwargs.get("labels") is not None:
             raise ValueError("labels were given; accepted within foveate.reduce: None, for inference alone")
         cache = kwargs.get("past_key_values")
@@ -231,6 +238,8 @@ class Reduction:
 
     def _before_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         """Begins a prefill, or a decode step with holes to mask."""
+        if _parallel(self.architecture.model) is not None:
+            return None
         given = kwargs.get("inputs_embeds")
         if given is None:
             given = kwargs.get("input_ids", args[0] if args else None)
@@ -279,6 +288,11 @@ class Reduction:
         if self._pass is not None:
             self._pass.remove()
             self._pass = None
+
+
+def _parallel(model: Any) -> Any:
+    """The sequence parallelism of the model that is open (`parallel.inference`), or None."""
+    return getattr(model, "_foveate_parallel", None)
 
 
 def _refuse(use_cache: bool | None, cache: Any) -> None:

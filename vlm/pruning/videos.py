@@ -32,9 +32,32 @@ class VideoMethod(Protocol):
     @property
     def reindex(self) -> bool: ...
 
+    def compared_with(self, frame: int, frames: int) -> int | None:
+        """The earlier frame that a frame of a video is compared with; None: none."""
+        ...
+
+    def kept(self, similarity: torch.Tensor) -> torch.Tensor:
+        """Which tokens of a video stay, bool [frames, tokens], by what `similarities` gives of it."""
+        ...
+
     def select(self, video: torch.Tensor) -> torch.Tensor:
         """Which tokens of a video [frames, tokens, D] stay, bool [frames, tokens]."""
         ...
+
+
+def similarities(video: torch.Tensor, compared_with: Sequence[int | None]) -> torch.Tensor:
+    """Cosine similarity of each token to that at the same place of another frame, float32 [frames, tokens].
+
+    Args:
+        video: [frames, tokens, D].
+        compared_with: of each frame the other one; None: 0 stands there.
+    """
+    pairs = [(frame, other) for frame, other in enumerate(compared_with) if other is not None]
+    found = torch.zeros(video.shape[:2], device=video.device)
+    if pairs:
+        frames, others = map(list, zip(*pairs, strict=True))
+        found[frames] = torch.cosine_similarity(video[frames].float(), video[others].float(), dim=-1)
+    return found
 
 
 def attach(model: PreTrainedModel, method: VideoMethod) -> AbstractContextManager[None]:
