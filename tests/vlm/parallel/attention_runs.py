@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import processes
 
 from foveate.vlm.parallel.attention import SharedSequence
-from foveate.vlm.parallel.exchange import count_traffic, exchange_tokens
+from foveate.vlm.parallel.exchange import count_traffic, exchange_tokens, gather_heads, scatter_heads
 from foveate.vlm.parallel.plan import SequencePlan, route
 from foveate.vlm.parallel.topology import Topology, make_topology
 
@@ -73,6 +73,30 @@ def exchange(topology: Topology, plan: SequencePlan) -> dict[str, Any]:
     return {"got": got.detach(), "own": own.detach(), "grad": own.grad, "traffic": dict(traffic)}
 
 
+def adjoint(topology: Topology) -> dict[str, list[float]]:
+    """Of each exchange f, this rank's shares of <f(x), y> and of <x, gradient of <f(x), y>>, at random x and y."""
+    plan, rank, degree = SequencePlan((23, 9), topology.ulysses, topology.ring), topology.sequence_rank, topology.degree
+    places = np.arange(2, 30)
+    counts = [len(places) - 3 * (degree - 1), *[3] * (degree - 1)]
+    generator = torch.Generator("cpu").manual_seed(7 + rank)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        tensor = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+        return tensor.to(torch.get_default_device())
+
+    of_route, row, found = route(plan, places, counts, rank), topology.ulysses_group, {}
+    for name, given, exchanged in (
+        ("tokens", drawn(counts[rank], WIDTH), lambda x: exchange_tokens(x, of_route, topology.group)),
+        ("scatter heads", drawn(6, topology.ulysses, 2, HEAD_DIM), lambda x: scatter_heads(x, row)),
+        ("gather heads", drawn(6 * topology.ulysses, 2, HEAD_DIM), lambda x: gather_heads(x, row)),
+    ):
+        out = exchanged(given.requires_grad_())
+        other = drawn(*out.shape)
+        [gradient] = torch.autograd.grad(out, given, other)
+        found[name] = [float((out * other).sum()), float((given * gradient).sum())]
+    return found
+
+
 def perturbed(topology: Topology) -> dict[str, torch.Tensor]:
     """Outputs with and without another key and value at token 20 of a pack, which is in its second document."""
     plan = SequencePlan((9, 17, 6), topology.ulysses, topology.ring)
@@ -96,6 +120,7 @@ def cases() -> dict[str, Any]:
                 results[name] = attend(topology, plan, states(heads, kv_heads, plan.tokens))
             results[f"exchange {ulysses} {ring} {len(lengths)}"] = exchange(topology, plan)
         results[f"perturbed {ulysses} {ring}"] = perturbed(topology)
+        results[f"adjoint {ulysses} {ring}"] = adjoint(topology)
     return results
 
 

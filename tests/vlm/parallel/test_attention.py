@@ -127,6 +127,14 @@ def test_visual_tokens_come_to_their_placeholders_and_gradients_go_back(
         assert result["traffic"]["tokens"] == elsewhere * runs.WIDTH * 8
 
 
+@pytest.mark.parametrize("what", ["tokens", "scatter heads", "gather heads"])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_gradients_of_an_exchange_are_its_adjoint(ranks: list[dict[str, Any]], grid: str, what: str) -> None:
+    # All that can be wrong with the gradient of a linear map: <f(x), y> = <x, f'(y)>, over all ranks together.
+    forward, backward = np.array([rank[f"adjoint {grid}"][what] for rank in ranks]).sum(0)
+    assert abs(forward) > 1e-3 and abs(forward - backward) < 1e-11
+
+
 def _own(ranks: list[dict[str, Any]], rank: int, plan: SequencePlan, lengths: tuple[int, ...]) -> slice:
     """Which of the visual tokens a rank has encoded."""
     first = rank - rank % plan.degree
