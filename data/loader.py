@@ -605,7 +605,9 @@ def _begin_worker(worker: int) -> None:
     killed, also where one waits for room in a queue that nobody reads any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(GRACE_S, os._exit, (1,)).start())
+    grace = threading.Timer(GRACE_S, os._exit, (1,))
+    grace.daemon = True  # else it holds up a worker that its trainer ends before
+    signal.signal(signal.SIGTERM, lambda *_: grace.is_alive() or grace.start())
     trainer = os.getppid()
 
     def watch() -> None:

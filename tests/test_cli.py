@@ -277,7 +277,7 @@ def test_file_that_is_no_media_is_a_users_error(foveate: Callable[..., Ran], mod
     foveate("ask", model, mp4, "what ?").assert_user_error("clip.mp4")
 
 
-def test_without_a_question_a_prompt_takes_several(model: Path, mp4: Path) -> None:
+def test_without_a_question_a_prompt_takes_several(foveate: Callable[..., Ran], model: Path, mp4: Path) -> None:
     """Through the installed command: two answers, one refusal in between, the same as asked alone."""
     asked = "what colour is the 3 ?\n\n<image> ?\nwhat colour is the 4 ?\n"
     command = [FOVEATE, "ask", str(model), str(mp4), "--max-new-tokens", "3"]
@@ -286,10 +286,8 @@ def test_without_a_question_a_prompt_takes_several(model: Path, mp4: Path) -> No
     first, _, second = (line.strip() for line in ran.stdout.splitlines())
     assert first and second
     assert ran.stderr.count("foveate: ") == 1 and "<image>" in ran.stderr
-    alone = subprocess.run(
-        [*command, "what colour is the 3 ?"], capture_output=True, text=True, timeout=120, check=True
-    )
-    assert alone.stdout.strip() == first
+    alone = foveate("ask", model, mp4, "what colour is the 3 ?", "--max-new-tokens", 3)
+    assert alone.code == 0 and alone.out.strip() == first
 
 
 # train, export, eval

@@ -1,4 +1,7 @@
 import json
+import multiprocessing
+import os
+import signal
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -294,6 +297,18 @@ def test_flag_of_one_rank_is_seen_by_all(make: Callable[..., Loader]) -> None:
 def test_limit_ends_an_endless_mixture(make: Callable[..., Loader]) -> None:
     steps = run(make(limit=30), 100)
     assert sum(step.documents for step in steps) == 30
+
+
+def test_a_worker_lives_on_after_sigterm_and_ends_with_its_loader(make: Callable[..., Loader]) -> None:
+    """A scheduler's signal reaches it too, while the trainer ends its step."""
+    loader, others = make(workers=1), set(multiprocessing.active_children())
+    steps = [loader.next()]
+    (worker,) = set(multiprocessing.active_children()) - others
+    os.kill(worker.pid, signal.SIGTERM)
+    steps += run(loader, 20)
+    assert len(steps) == 21
+    worker.join(60)
+    assert worker.exitcode == 0
 
 
 # Balance
