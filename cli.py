@@ -20,18 +20,13 @@ import typer
 from rich.console import Console
 
 from .data.commands import app as data_app
+from .train import quiet  # noqa: F401  for its effect
 from .train.bench_commands import app as bench_app
 
 if TYPE_CHECKING:
     from .vlm.model import FoveateForConditionalGeneration
     from .vlm.parallel.topology import Topology
     from .vlm.processor import FoveateProcessor
-
-# Where torchao is installed, importing transformers logs what only its developers can act on.
-logging.getLogger("torch.utils._pytree").addFilter(lambda record: "Enum subclass" not in record.getMessage())
-logging.getLogger("torchao").addFilter(  # its kernels for GPUs, which can't be loaded where there is none
-    lambda record: "Failed to load" not in record.getMessage() or sys.modules["torch"].cuda.is_available()
-)
 
 app = typer.Typer(
     name="foveate",

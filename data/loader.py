@@ -607,7 +607,7 @@ def _begin_worker(worker: int) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     grace = threading.Timer(GRACE_S, os._exit, (1,))
     grace.daemon = True  # else it holds up a worker that its trainer ends before
-    signal.signal(signal.SIGTERM, lambda *_: grace.is_alive() or grace.start())
+    signal.signal(signal.SIGTERM, lambda *_: None if grace.is_alive() else grace.start())
     trainer = os.getppid()
 
     def watch() -> None:

@@ -27,6 +27,7 @@ from ..vlm.parallel.exchange import count_traffic, exchange_tokens
 from ..vlm.parallel.plan import IGNORE, SequencePlan, route, shift_labels, split_by_cost
 from ..vlm.parallel.topology import Topology, make_topology
 from . import parallel_costs as costs
+from . import quiet
 from .bench import SHAPES, peak_memory
 
 TIMEOUT_S = 120  # of a process that waits for the others
@@ -164,7 +165,7 @@ def _measured(bench: ParallelBench) -> list[dict[str, Any]]:
     """What the processes counted and measured, the busiest rank of each."""
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("forkserver")  # clean of this process's threads, with one import
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload([quiet.__name__, __name__])
         multiprocessing.start_processes(
             _process, (bench, folder), bench.processes, daemon=True, start_method="forkserver"
         )
