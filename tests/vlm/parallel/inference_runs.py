@@ -34,6 +34,7 @@ from foveate.vlm.media import MediaError, load_video
 from foveate.vlm.parallel.inference import sequence_parallel
 from foveate.vlm.parallel.topology import Topology, make_topology
 from foveate.vlm.pruning import EVS, VTCCLS, DyCoke, FasterVLM, HiRED, VisionZip, reduce
+from foveate.vlm.pruning.patches import replaced
 from foveate.vlm.pruning.session import new_cache
 
 RANKS = 4
@@ -259,6 +260,19 @@ class Runs:
             chat.encode_video = encode
         return ""
 
+    def bad_image(self, topology: Topology) -> str:
+        """What a rank tells of pixels that another rank could not encode."""
+
+        def broken(*args: Any, **kwargs: Any) -> Any:
+            raise ValueError("an image can't be encoded")
+
+        try:
+            with sequence_parallel(self.model, topology), replaced(self.model, encode_images=broken):
+                self.model.generate(**self.prompts["one image"], max_new_tokens=2)
+        except ValueError as error:
+            return str(error)
+        return ""
+
     def refused(self) -> dict[str, str]:
         messages = {}
         others = {"other prompts": {"input_ids": torch.tensor([[5, 6, 10 + dist.get_rank()]])}}
@@ -306,6 +320,7 @@ def cases(runs: Runs) -> dict[str, Any]:
         with sequence_parallel(runs.model, topology):
             results["refused"] = runs.refused()
     results["bad frame"] = runs.bad_frame(topology)
+    results["bad image"] = runs.bad_image(topology)
     return results
 
 

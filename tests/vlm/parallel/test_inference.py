@@ -128,10 +128,13 @@ def test_what_several_ranks_cannot_do_is_refused_on_all(ranks: list[dict[str, An
     assert all(rank["refused"] == refused for rank in ranks)
 
 
-def test_a_frame_that_one_rank_cannot_decode_fails_on_all(ranks: list[dict[str, Any]]) -> None:
-    messages = [rank["bad frame"] for rank in ranks]
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [("bad frame", "clip.mp4: frame 5 can't be decoded"), ("bad image", "an image can't be encoded")],
+)
+def test_media_that_one_rank_cannot_read_fail_on_all(ranks: list[dict[str, Any]], what: str, told: str) -> None:
+    messages = [rank[what] for rank in ranks]
     owner = next(number for number, message in enumerate(messages) if not message.startswith("rank"))
-    told = "clip.mp4: frame 5 can't be decoded"
     assert messages == [told if number == owner else f"rank {owner}: {told}" for number in range(runs.RANKS)]
 
 
