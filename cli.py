@@ -600,7 +600,7 @@ def _load(
 def _processes(ulysses: int, ring: int, command: str, waits: bool = False) -> "Iterator[tuple[Topology, str | None]]":
     """Joins the processes that torchrun started, and tells this one's place among them and its device, if it has one.
 
-    What all of them fail with is told by the first one.
+    What all of them fail with is told by the first one, what a group fails with alone by its first.
 
     Args:
         command: `eval` may have several groups of processes that share a sequence, `ask` one.
@@ -633,13 +633,14 @@ def _processes(ulysses: int, ring: int, command: str, waits: bool = False) -> "I
                 if not rank:
                     print("stopped", file=sys.stderr, flush=True)
                 os._exit(STOPPED)  # at once: the others are told to stop, too, and answer no more
-    except (UsageError, ValueError, OSError):
-        if rank:
-            time.sleep(SILENT_S)  # a launcher ends all when one does
-            raise typer.Exit(2) from None
-        raise
+            except (UsageError, ValueError, OSError):
+                if rank:  # where the first one fails alike, it tells, and a launcher then ends all
+                    time.sleep(SILENT_S)
+                if rank % degree:
+                    raise typer.Exit(2) from None
+                raise
     except RuntimeError as error:
-        if isinstance(error, ProcessLostError):
+        if isinstance(error, ProcessLostError | typer.Exit):
             raise
         raise RuntimeError(f"rank {rank}: {error}") from error
 

@@ -341,8 +341,13 @@ def commands(runs: Runs, folder: Path) -> None:
         ("eval alone", 1, [*needles, str(folder / "one")]),
         ("eval", 2, [*needles, str(folder / "two"), "--ulysses", "2"]),
         ("lost", 2, [*ask, "--ring", "2"]),
+        ("failed", 2, [*needles, str(folder / "none")]),
     ):
         _command(name, ranks, arguments, folder)
+
+
+def _failing(*args: Any, **kwargs: Any) -> Any:
+    raise MediaError("clip 7 can't be decoded")
 
 
 def _command(name: str, ranks: int, arguments: list[str], folder: Path) -> None:
@@ -364,6 +369,8 @@ def _command(name: str, ranks: int, arguments: list[str], folder: Path) -> None:
             cli.SILENT_S, needle.BATCH_TOKENS = 0.0, 1
             if name == "lost" and rank:  # it dies when the others wait for it
                 chat.Chat.ask = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+            if name == "failed" and rank:  # in a group of its own, and the other group goes on
+                needle.find = _failing
             code: Any = 1
             try:
                 cli.main()

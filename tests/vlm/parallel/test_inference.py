@@ -180,6 +180,12 @@ def test_a_killed_process_ends_the_others_with_one_line(ranks: list[dict[str, An
     assert texts[0].startswith("foveate: process 1 of 2") and texts[0].count("\n") == 1 and texts[1] == ""
 
 
+def test_what_fails_in_one_group_alone_is_told_by_it(ranks: list[dict[str, Any]], folder: Path) -> None:
+    texts, codes = printed(folder, "failed")
+    assert texts == ["", "foveate: clip 7 can't be decoded\n"]
+    assert codes[1] == 2 and codes[0] != 0
+
+
 def test_shares_are_runs_of_equal_costs() -> None:
     """By hand: costs 4, 4, then pairs of frames of 2, 2, 2 and 1 (the last has one frame), then 2."""
     got = shares([4, 4], [(7, 1.0), (2, 1.0)], 2, 4)
