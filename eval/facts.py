@@ -2,6 +2,7 @@
 
 import os
 import platform
+import resource
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -15,6 +16,13 @@ import torch
 from .. import __version__
 
 GPU_PACKAGES = ("triton", "flash-attn", "liger-kernel")
+
+
+def process_peak_bytes(device: torch.device) -> int:
+    """The most memory that this process has had so far: of its GPU, or else its resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def run_facts(command: str, packages: Sequence[str] = ("torch", "transformers", "av")) -> dict[str, Any]:

@@ -23,9 +23,9 @@ from ..vlm.parallel.inference import parallel_session
 from ..vlm.parallel.topology import Topology
 from ..vlm.processor import FoveateProcessor
 from ..vlm.pruning.session import new_cache, reduce
-from .facts import result, run_facts
+from .facts import process_peak_bytes, result, run_facts
 from .report import options_of
-from .sharing import ALONE, joined, of_all_ranks, peak_memory
+from .sharing import ALONE, joined, of_all_ranks
 from .statistics import wilson_interval
 
 ANSWER_TOKENS = 3  # colour, digit, end
@@ -216,10 +216,10 @@ def evaluate_needles(
         frames: of each clip.
         topology: of the ranks, all of which call it; the first one writes.
     """
-    loaded = peak_memory(model.device)
+    loaded = process_peak_bytes(model.device)
     batches = prepare(model, processor, ask(n, frames, split, topology=topology))
     found = find(model, processor, batches, methods, kv, topology=topology)
-    memory = {"kv_bytes": found.kv_bytes, "loaded_bytes": loaded, "peak_bytes": peak_memory(model.device)}
+    memory = {"kv_bytes": found.kv_bytes, "loaded_bytes": loaded, "peak_bytes": process_peak_bytes(model.device)}
     ranks = of_all_ranks(memory, topology)
     low, high = wilson_interval(sum(found.right), n)
     console.print(f"needle_{frames}  {found.accuracy:.3f}  [{low:.3f}, {high:.3f}]  n={n}", highlight=False)

@@ -1,10 +1,8 @@
 """Questions shared out among sequence groups, and what all ranks have to tell."""
 
-import resource
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
 from ..vlm.parallel.topology import Topology
@@ -36,10 +34,3 @@ def joined(found: Sequence[T], topology: Topology) -> list[T]:
     """What all groups found, each of its `own_part`, in the order of the items; all ranks call it."""
     parts = of_all_groups(list(found), topology)
     return [parts[number % len(parts)][number // len(parts)] for number in range(sum(map(len, parts)))]
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has had so far: on its GPU, or else of all its memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

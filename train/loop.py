@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import threading
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..data.loader import Loader, Prefetched, Share, Step, merge_states
+from ..eval.facts import process_peak_bytes
 from ..vlm.model import FoveateForConditionalGeneration
 from ..vlm.parallel.attention import sequence_attention
 from ..vlm.parallel.topology import Topology
@@ -391,10 +391,7 @@ class _Meter:
 
     def metrics(self, batch: Step, result: StepResult, groups: list[dict]) -> dict[str, Any]:
         """Of the steps since the last call; rates are of all ranks together."""
-        sums, on_gpu = self.sums, self.world.device.type == "cuda"
-        memory = (
-            torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
+        sums = self.sums
         metrics = {
             "loss": result.loss,
             "grad_norm": result.grad_norm,
@@ -406,7 +403,7 @@ class _Meter:
             "packing_waste": 1 - sums["tokens"] / sums["positions"],
             **({"row_fill": sums["tokens"] / sums["steps"] / self.capacity} if self.capacity else {}),
             "imbalance": sums["imbalance"] / sums["steps"],
-            "memory_bytes": memory,
+            "memory_bytes": process_peak_bytes(self.world.device),
             **{f"lr_{group['part']}": group["lr"] for group in groups},
             **{f"bad_{reason}": count for reason, count in batch.bad_counts.items()},
         }
