@@ -29,13 +29,13 @@ from .facts import result
 from .glyphs import Item, answer
 from .report import plt, png
 from .sharing import ALONE, joined, of_all_groups, own_part
+from .statistics import bootstrap_interval, paired_p
 
 IN_LLM = ("fastv", "sparsevlm", "sparsevlm+", "pyramiddrop")
 AFTER_TOWER = ("visionzip", "fastervlm", "vtc-cls", "hired")
 CONTROLS = ("random", "lowest")
 KEEPS = (0.75, 0.5, 0.25, 0.1)  # fractions of the visual tokens
 DRAWS = 3  # of the control `random`
-RESAMPLES = 4000  # of questions, for intervals and tests
 
 
 def row_items(n: int, split: str = "test", seed: int = 0) -> list[Item]:
@@ -273,47 +273,6 @@ def word_scores(measured: Measured) -> list[float]:
 def exact_scores(measured: Measured) -> list[float]:
     """1 for an answer without an error, else 0."""
     return [float(one == measured.words) for one in measured.right]
-
-
-def bootstrap_interval(
-    statistic: Callable[..., np.ndarray], *samples: Sequence[np.ndarray], resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float]:
-    """A percentile bootstrap's 95 % interval (Efron 1979); questions are drawn anew within each seed.
-
-    Args:
-        statistic: of the samples' means, arrays [resamples] each.
-        samples: each of them of every seed [questions]; question number i is the same one in all, and is drawn
-            together. A sample's mean is that of the seeds' means.
-    """
-    rng = np.random.default_rng(seed)
-    means = [np.zeros(resamples) for _ in samples]
-    for of_seed in zip(*samples, strict=True):
-        stacked = np.stack(of_seed)  # [samples, questions]
-        n = stacked.shape[1]
-        for start in range(0, resamples, 500):
-            count = min(500, resamples - start)
-            drawn = rng.integers(n, size=(count, n))
-            for mean, values in zip(means, stacked, strict=True):
-                mean[start : start + count] += values[drawn].mean(1) / len(samples[0])
-    low, high = np.quantile(statistic(*means), [0.025, 0.975])
-    return float(low), float(high)
-
-
-def paired_p(a: Sequence[np.ndarray], b: Sequence[np.ndarray], flips: int = 10_000, seed: int = 0) -> float:
-    """Fisher's paired randomisation test, two-sided: the questions' differences with random signs.
-
-    Args:
-        a, b: of each seed the questions' scores, of the same questions.
-
-    Returns:
-        (1 + flips whose mean difference is at least the one seen) / (1 + flips).
-    """
-    differences = np.concatenate([x - y for x, y in zip(a, b, strict=True)])
-    rng, beyond, seen = np.random.default_rng(seed), 0, abs(differences.sum()) - 1e-9
-    for start in range(0, flips, 500):
-        signs = rng.integers(0, 2, (min(500, flips - start), len(differences)), dtype=np.int8) * 2 - 1
-        beyond += int((np.abs(signs @ differences) >= seen).sum())
-    return (1 + beyond) / (1 + flips)
 
 
 # Results

@@ -14,9 +14,10 @@ from ..vlm.model import FoveateForConditionalGeneration
 from ..vlm.parallel.topology import Topology
 from ..vlm.processor import FoveateProcessor
 from .facts import result, run_facts
-from .prune import Measured, Setting, bootstrap_interval, exact_scores, measure, per_question, row_items, word_scores
+from .prune import Measured, Setting, exact_scores, measure, per_question, row_items, word_scores
 from .report import options_of
 from .sharing import ALONE
+from .statistics import bootstrap_interval
 
 
 def evaluate_rows(

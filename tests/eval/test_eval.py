@@ -16,43 +16,10 @@ from foveate.data.glyphs import COLOURS, DIGITS, Question
 from foveate.eval import glyphs
 from foveate.eval.glyphs import TASKS, Item, answer, evaluate, task_items
 from foveate.eval.report import evaluate_and_report
-from foveate.eval.statistics import wilson_interval
 from foveate.train.build import build_model
 from foveate.train.recipe import Recipe
 from foveate.vlm.model import FoveateForConditionalGeneration
 from foveate.vlm.processor import FoveateProcessor
-
-# Intervals
-
-
-@pytest.mark.parametrize(
-    ("correct", "n", "low", "high"),
-    [  # from Wilson's formula as tabulated, 95 %
-        (0, 10, 0.0, 0.2775),
-        (1, 10, 0.0179, 0.4042),
-        (8, 10, 0.4902, 0.9433),
-        (10, 10, 0.7225, 1.0),
-        (50, 100, 0.4038, 0.5962),
-        (15, 148, 0.0624, 0.1605),
-    ],
-)
-def test_wilson_interval_has_the_known_values(correct: int, n: int, low: float, high: float) -> None:
-    assert wilson_interval(correct, n) == pytest.approx((low, high), abs=1e-4)
-
-
-@pytest.mark.parametrize(("correct", "n"), [(0, 1), (1, 1), (3, 7), (250, 500), (499, 500), (0, 2000)])
-def test_wilson_interval_holds_what_the_score_test_does_not_reject(correct: int, n: int) -> None:
-    """p belongs to it when |correct / n - p| ≤ z √(p (1 - p) / n): tried on a fine grid."""
-    p = np.linspace(0, 1, 200_001)
-    accepted = p[np.abs(correct / n - p) <= 1.959964 * np.sqrt(p * (1 - p) / n) + 1e-12]
-    assert wilson_interval(correct, n) == pytest.approx((accepted.min(), accepted.max()), abs=1e-5)
-
-
-@pytest.mark.parametrize(("correct", "n"), [(0, 0), (-1, 4), (5, 4)])
-def test_wilson_interval_refuses_what_can_not_be(correct: int, n: int) -> None:
-    with pytest.raises(ValueError, match="accepted"):
-        wilson_interval(correct, n)
-
 
 # Items
 

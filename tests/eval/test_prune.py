@@ -1,9 +1,7 @@
 """Questions, scores, statistics and tables of the comparison of pruning methods."""
 
 import io
-import itertools
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -117,39 +115,6 @@ def test_a_setting_is_measured_under_its_method(
     assert prune.measure_once(tmp_path, model, processor, items, FULL, 0) == first
     with pytest.raises(TypeError):  # but for other questions
         prune.measure_once(tmp_path, model, processor, items[:5], FULL, 0)
-
-
-# Statistics
-
-
-def test_bootstrap_has_the_standard_error_of_a_mean_of_seeds() -> None:
-    rng = np.random.default_rng(1)
-    samples = [rng.normal(0.1, 1, 400), rng.normal(7, 2, 900)]
-    middle = (samples[0].mean() + samples[1].mean()) / 2
-    spread = 1.96 * math.sqrt(samples[0].var() / 400 + samples[1].var() / 900) / 2
-    low, high = prune.bootstrap_interval(lambda mean: mean, samples)
-    assert low == pytest.approx(middle - spread, abs=0.15 * spread)
-    assert high == pytest.approx(middle + spread, abs=0.15 * spread)
-
-
-def test_bootstrap_draws_the_same_questions_of_all_samples() -> None:
-    values = [np.random.default_rng(2).random(200)]
-    assert prune.bootstrap_interval(lambda a, b: a - b, values, [values[0] - 0.3]) == pytest.approx((0.3, 0.3))
-    assert prune.bootstrap_interval(lambda a, b: a / b, values, [2 * values[0]]) == pytest.approx((0.5, 0.5))
-
-
-def test_paired_p_is_that_of_all_sign_flips() -> None:
-    a = np.array([8, 7, 6, 8, 3, 8, 5, 4, 8, 2, 7, 6]) / 8
-    b = np.array([6, 7, 4, 8, 4, 3, 5, 1, 6, 2, 8, 1]) / 8
-    sums = [
-        abs(sum(s * d for s, d in zip(signs, a - b, strict=True))) for signs in itertools.product((1, -1), repeat=12)
-    ]
-    exact = np.mean([one >= abs((a - b).sum()) - 1e-9 for one in sums])
-    assert 0.01 < exact < 0.1
-    assert prune.paired_p([a[:5], a[5:]], [b[:5], b[5:]], flips=40_000) == pytest.approx(exact, rel=0.1)
-    assert prune.paired_p([a], [a]) == 1
-    far = [np.ones(50)], [np.zeros(50)]
-    assert prune.paired_p(*far, flips=999) == 1 / 1000
 
 
 # Results
