@@ -79,9 +79,9 @@ def _newcombe(both: int, only_a: int, only_b: int, n: int) -> tuple[float, float
     (low_a, high_a), (low_b, high_b) = wilson_interval(right_a, n), wilson_interval(right_b, n)
     p_a, p_b = right_a / n, right_b / n
     margins = math.sqrt(right_a * (n - right_a) * right_b * (n - right_b))
-    product = both * neither - only_a * only_b
+    product = float(both * neither - only_a * only_b)
     if product > 0:
-        product = max(product - n / 2, 0)  # the correction for continuity
+        product = max(product - n / 2, 0.0)  # the correction for continuity
     phi = product / margins if margins else 0.0
     below = (p_a - low_a) ** 2 - 2 * phi * (p_a - low_a) * (high_b - p_b) + (high_b - p_b) ** 2
     above = (high_a - p_a) ** 2 - 2 * phi * (high_a - p_a) * (p_b - low_b) + (p_b - low_b) ** 2
