@@ -49,7 +49,7 @@ class Paired:
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> Paired:
-    """McNemar's exact test (McNemar 1947), with Newcombe's paired score interval (Newcombe 1998, method 10).
+    """McNemar's exact test (McNemar 1947), with `newcombe_interval`.
 
     Args:
         first, second: whether each question is answered right; number i is the same question in both.
@@ -62,7 +62,7 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> Paired:
     if n != len(b) or not n:
         raise ValueError(f"{n} and {len(b)} answers; accepted: the same questions, at least one")
     both, only_a, only_b = (int(part.sum()) for part in (a & b, a & ~b, ~a & b))
-    low, high = _newcombe(both, only_a, only_b, n)
+    low, high = newcombe_interval(both, only_a, only_b, n)
     return Paired((only_a - only_b) / n, low, high, _sign_test(only_a, only_b), n, only_a, only_b)
 
 
@@ -73,13 +73,18 @@ def _sign_test(first: int, second: int) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
-def _newcombe(both: int, only_a: int, only_b: int, n: int) -> tuple[float, float]:
-    neither = n - both - only_a - only_b
-    right_a, right_b = both + only_a, both + only_b
-    (low_a, high_a), (low_b, high_b) = wilson_interval(right_a, n), wilson_interval(right_b, n)
-    p_a, p_b = right_a / n, right_b / n
-    margins = math.sqrt(right_a * (n - right_a) * right_b * (n - right_b))
-    product = float(both * neither - only_a * only_b)
+def newcombe_interval(both: int, only_first: int, only_second: int, n: int) -> tuple[float, float]:
+    """95 % interval of the difference of two accuracies on the same questions (Newcombe 1998, method 10).
+
+    Args:
+        both, only_first, only_second: questions that both, the first or the second alone answers right, of n.
+    """
+    neither = n - both - only_first - only_second
+    first, second = both + only_first, both + only_second
+    (low_a, high_a), (low_b, high_b) = wilson_interval(first, n), wilson_interval(second, n)
+    p_a, p_b = first / n, second / n
+    margins = math.sqrt(first * (n - first) * second * (n - second))
+    product = float(both * neither - only_first * only_second)
     if product > 0:
         product = max(product - n / 2, 0.0)  # the correction for continuity
     phi = product / margins if margins else 0.0
