@@ -197,6 +197,11 @@ def gain_kept(rows: dict[str, dict[str, Any]], name: str) -> float:
     return (own - low) / (scaled - low)
 
 
+def tables(results: dict[str, Any]) -> dict[str, str]:
+    """By mark; of docs/results/scale_then_compress.json."""
+    return {"images": images_table(results["variants"]), "videos": videos_table(results["variants"])}
+
+
 def images_table(variants: Sequence[dict[str, Any]]) -> str:
     """Markdown: a row for each variant that reads scenes, all seeds together."""
     rows = {name: row for name, row in over_seeds(variants).items() if "digit" in row}

@@ -97,7 +97,9 @@ def as_json(measured: Sequence[Measured]) -> list[dict[str, Any]]:
             result("memory", one.memory, "bytes", 1, baseline=FULL.name, ratio=one.memory / full.memory),
             result("disk", one.disk, "bytes", 1, baseline=FULL.name, ratio=one.disk / full.disk),
         ]
-        entries.append({"weights": one.weights.llm, "tower": one.weights.tower, "results": results})
+        entries.append(
+            {"setting": one.weights.name, "weights": one.weights.llm, "tower": one.weights.tower, "results": results}
+        )
     return entries
 
 

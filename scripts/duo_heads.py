@@ -8,7 +8,6 @@ heads, the identified heads alone, and as many random ones. What is finished in 
 
 import argparse
 import json
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,11 +17,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from foveate.eval.facts import result, run_facts
+from foveate.eval.figures import publish
 from foveate.eval.statistics import wilson_interval
 from foveate.train.duo import THRESHOLD, DuoSettings, passkey_texts, train_gates, write_heads
 from foveate.vlm.cache.cache import KVCache
 
-ROOT = Path(__file__).resolve().parent.parent
 FIRST, VOCABULARY = 0, torch.arange(1, 64)
 SETTINGS = DuoSettings(
     sink=4, window=16, lengths=(96, 160), passkeys=4, passkey_tokens=4, name_tokens=2, batch=8, steps=300
@@ -133,7 +132,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--questions", type=int, default=200, help="passkeys that are asked for in each setting")
-    parser.add_argument("--publish", action="store_true", help="put the results into docs/results/")
+    parser.add_argument("--publish", action="store_true", help="put the results into docs/")
     options = parser.parse_args()
     torch.set_num_threads(1)
     console = Console()
@@ -149,7 +148,7 @@ def main() -> None:
     told = facts | {"settings": asdict(SETTINGS), "tokens": LENGTH, "seeds": seeds}
     (options.out / "results.json").write_text(json.dumps(told, indent=1) + "\n")
     if options.publish:
-        shutil.copyfile(options.out / "results.json", ROOT / "docs" / "results" / "duo.json")
+        publish("duo", told)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import webdataset as wds
 from rich.console import Console
 
 from foveate.data.glyphs import GlyphSource, glyph_tokenizer
-from foveate.eval.report import run_facts
+from foveate.eval.facts import result, run_facts
 from foveate.train import loop
 from foveate.train.recipe import Recipe, load_recipe
 
@@ -194,8 +194,12 @@ def main() -> None:
         found = run(options.kills, Path(folder))
     if options.json:
         facts = run_facts(f"scripts/kill_and_resume.py --kills {options.kills} --json")
-        results = [{"name": name, "value": value} for name, value in found.items()]
-        print(json.dumps(facts | {"results": results}, indent=1))
+        results = [
+            result("kills", kills := found.pop("kills"), "kills", 1),
+            *(result(name, found.pop(name), "kills", kills) for name in ("in_save", "one_rank_first")),
+            result("steps", found.pop("steps"), "steps", 1),
+        ]
+        print(json.dumps(facts | {"results": results} | found, indent=1))
     else:
         for name, value in found.items():
             print(f"{name}: {value}")

@@ -1,14 +1,13 @@
 """What smaller KV caches cost, on tiny trained models: `kv_quality.py runs/quickstart/model` (docs/kv.md).
 
 Every model answers the same questions in every setting. What is finished in the folder of --out is not run again.
-Writes to it the results as JSON, the tables as Markdown, and a picture; --publish also puts results and picture into
-docs/. With --weights quantised weights are compared instead, of one model.
+Writes to it the results as JSON, the tables as Markdown, and a picture; --publish also puts them into docs/. With
+--weights quantised weights are compared instead, of one model.
 """
 
 import argparse
 import json
 import os
-import shutil
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the command `foveate` sets it, and for the same reason
@@ -19,9 +18,8 @@ from rich.console import Console
 from foveate.eval import kv_quality as quality
 from foveate.eval import weights_quality
 from foveate.eval.facts import run_facts
+from foveate.eval.figures import publish
 from foveate.vlm.chat import load_model
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(models: list[Path], out: Path, tasks: tuple[quality.Task, ...], split: str, console: Console) -> list[dict]:
@@ -79,9 +77,7 @@ def main() -> None:
     for file, content in pictures.items():
         (options.out / file).write_bytes(content)
     if options.publish:
-        shutil.copyfile(options.out / f"{name}.json", ROOT / "docs" / "results" / f"{name}.json")
-        for file in pictures:
-            shutil.copyfile(options.out / file, ROOT / "docs" / file)
+        publish(name, facts | {"settings": entries})
 
 
 if __name__ == "__main__":

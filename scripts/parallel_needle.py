@@ -3,7 +3,7 @@
 Trains the recipe `needle-long` on four processes, from the model of recipe `needle` as it is after its stage `middle`
 (--start), and asks the same questions on 1, 2 and 4 processes; then what a process holds while it answers one of them
 (docs/parallel.md). What is finished in the folder is not run again. Writes `results.json` to it; --publish also puts it
-into docs/results.
+into docs/.
 """
 
 import argparse
@@ -23,7 +23,9 @@ from rich.console import Console
 from torch.multiprocessing import start_processes
 
 from foveate.eval.facts import run_facts
+from foveate.eval.figures import publish
 from foveate.eval.needle import ask, find, prepare
+from foveate.eval.parallel_figures import needle_tables
 from foveate.train.bench import peak_memory
 from foveate.train.loop import FINISHED
 from foveate.train.recipe import load_recipe
@@ -31,7 +33,6 @@ from foveate.vlm.chat import load_model
 from foveate.vlm.parallel.inference import sequence_parallel
 from foveate.vlm.parallel.topology import make_topology
 
-ROOT = Path(__file__).resolve().parent.parent
 FRAMES = 1024
 GRIDS = ((1, 1), (2, 1), (2, 2))  # ulysses, ring
 BEFORE = (128, FRAMES)  # frames that the model is asked about as it was before
@@ -128,23 +129,6 @@ def run(out: Path, start: Path, questions: int) -> dict[str, Any]:
     return {"training": {"processes": 4, "stages": stages, "metrics": losses}, "points": points}
 
 
-def table(points: list[dict[str, Any]]) -> str:
-    """Markdown: a row for each model, length and grid; bytes of the rank that has most."""
-    lines = [
-        "| | frames | ranks | needles found | KV a rank, kB | tensors a rank, MB | process, MB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for one in points:
-        found = one["results"][0]
-        ranks = f"{one['ulysses'] * one['ring']} ({one['ulysses']} × {one['ring']})"
-        right = f"**{found['value']:.3f}** ({found['low']:.3f} – {found['high']:.3f})"
-        kv, process = (max(rank[name] for rank in one["ranks"]) for name in ("kv_bytes", "peak_bytes"))
-        tensors = f"{max(one['tensor_bytes']) / 1e6:,.1f}" if "tensor_bytes" in one else ""
-        cells = (f"{one['frames']:,}", ranks, right, f"{kv / 1e3:,.0f}", tensors, f"{process / 1e6:,.0f}")
-        lines.append(f"| {one['model']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the runs")
@@ -156,9 +140,9 @@ def main() -> None:
     results = run(options.out, options.start, options.questions)
     facts = run_facts(f"scripts/parallel_needle.py OUT --start START --questions {options.questions}")
     (options.out / "results.json").write_text(json.dumps(facts | results, indent=1) + "\n")
-    Console().print(table(results["points"]), highlight=False, soft_wrap=True)
+    Console().print(needle_tables(results)["needle"], highlight=False, soft_wrap=True)
     if options.publish:
-        shutil.copyfile(options.out / "results.json", ROOT / "docs" / "results" / "parallel_needle.json")
+        publish("parallel_needle", facts | results)
 
 
 if __name__ == "__main__":

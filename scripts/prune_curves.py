@@ -8,7 +8,6 @@ to it `results.json` and `prune_curves.png`; --publish also puts them into docs/
 import argparse
 import json
 import os
-import shutil
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the command `foveate` sets it, and for the same reason
@@ -18,11 +17,11 @@ from rich.console import Console
 
 from foveate.eval import prune
 from foveate.eval.facts import run_facts
+from foveate.eval.figures import publish
 from foveate.train.loop import FINISHED, train
 from foveate.train.recipe import load_recipe
 from foveate.vlm.chat import load_model
 
-ROOT = Path(__file__).resolve().parent.parent
 DEV_KEEPS = (0.5, 0.25)
 
 
@@ -75,14 +74,6 @@ def run(out: Path, seeds: list[int], questions: int, console: Console) -> dict:
     }
 
 
-def publish(out: Path) -> None:
-    results = json.loads((out / "results.json").read_text())
-    shutil.copyfile(out / "results.json", ROOT / "docs" / "results" / "prune_curves.json")
-    shutil.copyfile(out / "prune_curves.png", ROOT / "docs" / "prune_curves.png")
-    page = ROOT / "docs" / "prune.md"
-    page.write_text(prune.with_tables(page.read_text(), results))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the runs")
@@ -98,7 +89,7 @@ def main() -> None:
     (options.out / "results.json").write_text(json.dumps(facts | results, indent=1) + "\n")
     (options.out / "prune_curves.png").write_bytes(prune.picture(results["points"]))
     if options.publish:
-        publish(options.out)
+        publish("prune_curves", facts | results)
 
 
 if __name__ == "__main__":

@@ -8,35 +8,16 @@ into docs/, with the tables of docs/compress.md.
 import argparse
 import json
 import os
-import re
-import shutil
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as the command `foveate` sets it, and for the same reason
 
 from rich.console import Console
 
-from foveate.eval.compress import as_json, images_table, picture, videos_table
+from foveate.eval.compress import as_json, picture
 from foveate.eval.facts import run_facts
+from foveate.eval.figures import publish
 from foveate.train.compress import run_experiment
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def with_tables(page: str, results: dict) -> str:
-    """The page with its tables, between its marks."""
-    for mark, table in (("images", images_table), ("videos", videos_table)):
-        block = f"<!-- {mark} -->\n{table(results['variants'])}\n<!-- /{mark} -->"
-        page = re.sub(f"<!-- {mark} -->\n.*?<!-- /{mark} -->", lambda _, b=block: b, page, flags=re.DOTALL)
-    return page
-
-
-def publish(out: Path) -> None:
-    results = json.loads((out / "results.json").read_text())
-    shutil.copyfile(out / "results.json", ROOT / "docs" / "results" / "scale_then_compress.json")
-    shutil.copyfile(out / "compress.png", ROOT / "docs" / "compress.png")
-    page = ROOT / "docs" / "compress.md"
-    page.write_text(with_tables(page.read_text(), results))
 
 
 def main() -> None:
@@ -53,7 +34,7 @@ def main() -> None:
     (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (options.out / "compress.png").write_bytes(picture(results["variants"]))
     if options.publish:
-        publish(options.out)
+        publish("scale_then_compress", results)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def test_too_many_bad_documents_stop_all_ranks_with_their_keys(
 def test_killed_and_resumed_run_is_bit_identical() -> None:
     """Two ranks with two workers each; the command's own number of kills is 20."""
     printed = run_script(str(SCRIPT), "--kills", "5", "--json", timeout_s=280)
-    results = json.loads(printed[printed.index("\n{\n") :] if not printed.startswith("{") else printed)["results"]
-    found = {result["name"]: result["value"] for result in results}
+    found = json.loads(printed[printed.index("\n{\n") :] if not printed.startswith("{") else printed)
+    found |= {result["name"]: result["value"] for result in found["results"]}
     assert found["kills"] == 5 and found["last_codes"] == [0, 0]
     assert found["same_weights"] and found["same_documents"] and found["each_document_once_an_epoch"]
