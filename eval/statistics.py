@@ -24,7 +24,8 @@ def wilson_interval(correct: int, n: int, z: float = Z95) -> tuple[float, float]
     centre = p + z * z / (2 * n)
     spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    # At 0 and n of n a limit is the proportion itself, but for rounding.
+    return min(p, max(0.0, (centre - spread) / scale)), max(p, min(1.0, (centre + spread) / scale))
 
 
 @dataclass(frozen=True)

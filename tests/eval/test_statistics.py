@@ -40,6 +40,12 @@ def test_wilson_interval_holds_what_the_score_test_does_not_reject(correct: int,
     assert wilson_interval(correct, n) == pytest.approx((accepted.min(), accepted.max()), abs=1e-5)
 
 
+def test_wilson_interval_holds_the_proportion_to_the_last_bit() -> None:
+    for n in (1, 7, 2400):
+        assert wilson_interval(0, n)[0] == 0 and wilson_interval(n, n)[1] == 1
+        assert all((found := wilson_interval(c, n))[0] <= c / n <= found[1] for c in range(n + 1))
+
+
 @pytest.mark.parametrize(("correct", "n"), [(0, 0), (-1, 4), (5, 4)])
 def test_wilson_interval_refuses_what_can_not_be(correct: int, n: int) -> None:
     with pytest.raises(ValueError, match="accepted"):
