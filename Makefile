@@ -43,5 +43,6 @@ clean: ## remove the environment, builds and caches; runs/ stays
 
 .venv/.dev: .venv/.installed
 	$(BIN)/pip install $(PIP_ARGS) -c $(CONSTRAINTS) -e ".[dev]"
+	$(BIN)/pip install $(PIP_ARGS) -c $(CONSTRAINTS) --no-deps lmms-eval # pyproject.toml says why without what it asks for
 	mkdir -p .venv/typing && ln -sfn ../.. .venv/typing/foveate
 	touch $@
