@@ -37,23 +37,42 @@ class Haystack:
     needles: tuple[int, ...]
 
 
-def haystack(rng: np.random.Generator, split: str, frames: int, needles: int = NEEDLES) -> Haystack:
+def haystack(
+    rng: np.random.Generator, split: str, frames: int, needles: int = NEEDLES, place: int | None = None
+) -> Haystack:
     """A clip with `needles` different digits of different colours in frames anywhere.
 
+    Args:
+        place: number of the frame that shows the first of them; drawn, too, when None.
+
     Raises:
-        ValueError: there are more needles than frames or colours, or none.
+        ValueError: there are more needles than frames or colours, or none; or there is no such frame.
     """
     most = min(frames, len(COLOURS))
     if not 1 <= needles <= most:
         raise ValueError(f"needles is {needles} in {frames} frames; accepted: 1 to {most}, each of its own colour")
+    if place is not None and not 0 <= place < frames:
+        raise ValueError(f"place is {place} in {frames} frames; accepted: 0 to {frames - 1}")
     colours = list(COLOURS)
     kinds, shades = rng.integers(len(SHAPES), size=frames), rng.integers(len(colours), size=frames)
     glyphs = [Glyph(SHAPES[kind], colours[shade]) for kind, shade in zip(kinds, shades, strict=True)]
-    places = rng.permutation(frames)[:needles].tolist()
+    places = rng.permutation(frames).tolist()
+    if place is not None:
+        places = [place, *(other for other in places if other != place)]
+    places = places[:needles]
     kinds, shades = rng.permutation(len(DIGITS))[:needles], rng.permutation(len(colours))[:needles]
     for place, kind, shade in zip(places, kinds, shades, strict=True):
         glyphs[place] = Glyph(DIGITS[kind], colours[shade])
     return Haystack(tuple(glyphs), _one_column(glyphs, split, rng), tuple(places))
+
+
+def without_first(clip: Haystack, rng: np.random.Generator, split: str) -> Haystack:
+    """The same frames, but for that of the first needle, which shows a shape of its colour instead."""
+    first, *others = clip.needles
+    shape = Glyph(SHAPES[rng.integers(len(SHAPES))], clip.glyphs[first].colour)
+    frames = clip.frames.copy()
+    frames[first] = _one_column([shape], split, rng)[0]
+    return Haystack((*clip.glyphs[:first], shape, *clip.glyphs[first + 1 :]), frames, tuple(others))
 
 
 def needle_question(needle: Glyph) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from foveate.data.document import Text, Video
 from foveate.data.drawing import COLOURS
 from foveate.data.encoding import encode
 from foveate.data.glyphs import CHAT_TEMPLATE, GlyphSource, glyph_tokenizer
-from foveate.data.needles import Haystack, haystack, needle_question
+from foveate.data.needles import Haystack, haystack, needle_question, without_first
 from foveate.vlm.processor import FoveateProcessor
 
 
@@ -68,6 +68,30 @@ def test_needles_that_do_not_fit_are_refused() -> None:
         haystack(np.random.default_rng(0), "train", 3)
     with pytest.raises(ValueError, match="accepted: 1 to 6"):
         haystack(np.random.default_rng(0), "train", 30, needles=7)
+    for place in (-1, 30):
+        with pytest.raises(ValueError, match=f"place is {place} in 30 frames; accepted: 0 to 29"):
+            haystack(np.random.default_rng(0), "train", 30, place=place)
+
+
+def test_the_first_needle_stands_where_it_is_put_and_the_others_anywhere() -> None:
+    others: Counter[int] = Counter()
+    for i in range(200):
+        clip = haystack(np.random.default_rng([5, i]), "train", 40, place=7)
+        assert clip.needles[0] == 7 and len(set(clip.needles)) == 4
+        assert sorted(clip.needles) == [i for i, glyph in enumerate(clip.glyphs) if glyph.kind.isdigit()]
+        others.update(clip.needles[1:])
+    assert len(others) == 39 and max(others.values()) < 32  # 15 expected
+
+
+def test_without_its_first_needle_a_clip_differs_in_that_frame_alone() -> None:
+    for i, clip in enumerate(clips(20)):
+        without = without_first(clip, np.random.default_rng(i), "train")
+        first, *rest = clip.needles
+        assert without.needles == tuple(rest)
+        assert [n for n in range(40) if (clip.frames[n] != without.frames[n]).any()] == [first]
+        old, new = clip.glyphs[first], without.glyphs[first]
+        assert new.colour == old.colour == shown_colour(without.frames[first]) and not new.kind.isdigit()
+        assert sum(a != b for a, b in zip(clip.glyphs, without.glyphs, strict=True)) == 1
 
 
 def test_chats_ask_for_each_needle_once_and_train_the_answers(processor: FoveateProcessor) -> None:

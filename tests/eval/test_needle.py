@@ -10,23 +10,8 @@ import torch
 from rich.console import Console
 
 from foveate.eval.needle import Found, ask, evaluate_needles, find, prepare
-from foveate.train.build import build_model
 from foveate.train.duo import DuoSettings, needle_clips
-from foveate.train.recipe import load_recipe
 from foveate.vlm.cache.parse import parse_kv
-
-
-@pytest.fixture(scope="module")
-def needle_model() -> Any:
-    """The recipe needle's model, with random weights, but smaller, and its processor."""
-    torch.manual_seed(0)
-    recipe = load_recipe("needle", [
-        "model.text.hidden_size=32", "model.text.intermediate_size=48", "model.text.num_attention_heads=2",
-        "model.text.num_key_value_heads=2", "model.text.num_hidden_layers=2", "model.vision.hidden_size=24",
-        "model.vision.intermediate_size=32", "model.vision.num_hidden_layers=1",
-    ])  # fmt: skip
-    model, processor = build_model(recipe.model)
-    return model.eval(), processor
 
 
 def test_two_questions_are_about_frames_that_show_their_answers() -> None:
