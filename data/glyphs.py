@@ -17,8 +17,10 @@ from transformers import PreTrainedTokenizerFast
 from ..vlm.processor import CONTENT_MACRO, FoveateProcessor
 from .document import Document, Image, Text, Video, chat_document
 from .drawing import COLOURS, DIGITS, KINDS, SHAPES, SPLITS, Glyph, draw_cells
+from .episodes import EPISODE_KIND_BUILDERS, EPISODE_TEMPLATE, EPISODE_WORDS
 from .fine_glyphs import FINE_KIND_BUILDERS
 from .needles import NEEDLE_KIND_BUILDERS
+from .sentences import SENTENCE_KIND_BUILDERS, SENTENCE_WORDS
 from .sorting import SORTING_KIND_BUILDERS
 
 REGION_DIGITS = 0.75  # of the glyphs that a tower is warmed up on: digits are what takes longest to learn
@@ -44,10 +46,15 @@ CHAT_TEMPLATE = (
 FRAME_SEPARATOR = "<|frame|>"
 
 
-def glyph_tokenizer() -> PreTrainedTokenizerFast:
-    """The word-level tokenizer of the embedded data's small language."""
+# Of tokenizers that a recipe can choose: the words.
+TOKENIZERS = {"glyphs": WORDS, "sentences": (*WORDS, *SENTENCE_WORDS), "episodes": EPISODE_WORDS}
+TEMPLATES = {"glyphs": CHAT_TEMPLATE, "sentences": CHAT_TEMPLATE, "episodes": EPISODE_TEMPLATE}
+
+
+def glyph_tokenizer(name: str = "glyphs") -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of the embedded data's small language; `name` is one of `TOKENIZERS`."""
     special = ["<|pad|>", "<|unknown|>", "<|user|>", "<|assistant|>", "<|end|>", FRAME_SEPARATOR]
-    vocabulary = {word: i for i, word in enumerate([*special, *dict.fromkeys(WORDS)])}
+    vocabulary = {word: i for i, word in enumerate([*special, *dict.fromkeys(TOKENIZERS[name])])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unknown|>"))
     backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -387,9 +394,11 @@ KIND_BUILDERS: dict[str, Callable[[GlyphSource, np.random.Generator, str], Docum
     **FINE_KIND_BUILDERS,
     **SORTING_KIND_BUILDERS,
     **NEEDLE_KIND_BUILDERS,
+    **SENTENCE_KIND_BUILDERS,
+    **EPISODE_KIND_BUILDERS,
 }
 # For the region-text objective alone.
 REGION_KINDS = (
     "regions", "frame_regions", "fine_regions", "fine_scene_regions", "fine_frame_regions", "row_regions",
-    "needle_regions",
+    "needle_regions", "small_regions", "episode_regions",
 )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoProcessor
 
-from ..data.glyphs import CHAT_TEMPLATE, FRAME_SEPARATOR, glyph_tokenizer
+from ..data.glyphs import FRAME_SEPARATOR, TEMPLATES, glyph_tokenizer
 from ..vlm.config import FoveateConfig
 from ..vlm.model import FoveateForConditionalGeneration, tower_config
 from ..vlm.processor import FoveateProcessor, add_media_tokens, model_fields
@@ -21,7 +21,8 @@ from .recipe import ModelRecipe, Recipe, StageRecipe
 def build_model(recipe: ModelRecipe) -> tuple[FoveateForConditionalGeneration, FoveateProcessor]:
     """Loads or makes what the recipe's `model` names, in fp32.
 
-    From scratch the tokenizer is the embedded data's own (`data/glyphs.py`), and the LLM's vocabulary is its size.
+    From scratch the tokenizer is one of the embedded data's own (`data/glyphs.py`), and the LLM's vocabulary is its
+    size.
     """
     loading: dict[str, Any] = {"dtype": "float32", "attn_implementation": recipe.attn_implementation}
     if recipe.path is not None:
@@ -62,7 +63,8 @@ def build_config(recipe: ModelRecipe) -> tuple[FoveateConfig, FoveateProcessor]:
 
 def _from_scratch(recipe: ModelRecipe) -> tuple[FoveateConfig, FoveateProcessor]:
     assert isinstance(recipe.vision, dict) and isinstance(recipe.text, dict)  # ModelRecipe has checked it
-    tokenizer = glyph_tokenizer()
+    language = recipe.tokenizer or "glyphs"
+    tokenizer = glyph_tokenizer(language)
     image_token_id, video_token_id = add_media_tokens(tokenizer)
     tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     config = FoveateConfig(
@@ -72,7 +74,7 @@ def _from_scratch(recipe: ModelRecipe) -> tuple[FoveateConfig, FoveateProcessor]
         video_token_id=video_token_id,
         **recipe.config_fields,
     )
-    layout: dict[str, Any] = {"chat_template": CHAT_TEMPLATE, "frame_separator": FRAME_SEPARATOR}
+    layout: dict[str, Any] = {"chat_template": TEMPLATES[language], "frame_separator": FRAME_SEPARATOR}
     processor = FoveateProcessor(tokenizer, **(model_fields(config) | layout | recipe.processor))
     config.text_config.vocab_size = len(tokenizer)  # with time tokens, if the processor has added them
     return config, processor

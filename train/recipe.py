@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..data.glyphs import KIND_BUILDERS, REGION_KINDS, SPLITS, check_ranges
+from ..data.glyphs import KIND_BUILDERS, REGION_KINDS, SPLITS, TOKENIZERS, check_ranges
 from ..vlm.projector import downsample_factor
 from ..vlm.tiling import TILINGS
 
@@ -44,6 +44,7 @@ class ModelRecipe(_Strict):
     path: str | None = None  # a Foveate checkpoint
     vision: str | dict[str, Any] | None = None  # name or directory, or a configuration (random weights)
     text: str | dict[str, Any] | None = None
+    tokenizer: Literal[tuple(TOKENIZERS)] | None = None  # type: ignore[valid-type]  # from scratch; None: glyphs
     embedding_scale: PositiveFloat = 1.0  # from scratch: the LLM's input embeddings start so many times larger
     tower_image_size: PositiveInt | None = None  # to which a named tower's positions are resized; None: its own
     projector: str = "downsample-2x2"  # see vlm/projector.py
@@ -78,6 +79,8 @@ class ModelRecipe(_Strict):
             raise ValueError("vision and text must both be names, or both be configurations for random weights")
         if self.tower_image_size is not None and not isinstance(self.vision, str):
             raise ValueError("tower_image_size resizes a pretrained tower; accepted: with vision a name or directory")
+        if self.tokenizer is not None and not isinstance(self.text, dict):
+            raise ValueError(f"tokenizer is {self.tokenizer!r}, but a pretrained LLM has its own; accepted: none")
         if self.embedding_scale != 1 and not isinstance(self.text, dict):
             raise ValueError(f"embedding_scale is {self.embedding_scale}, but pretrained weights are not scaled")
         return self

@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 from foveate.data.document import Document, Image, Text, Video
 from foveate.data.drawing import digit_masks
 from foveate.data.encoding import encode
+from foveate.data.episodes import EPISODE_KIND_BUILDERS
 from foveate.data.glyphs import (
     COLOURS,
     DIGITS,
@@ -30,6 +31,7 @@ from foveate.data.glyphs import (
     digit_clip,
     draw_cells,
     encode_mp4,
+    glyph_tokenizer,
     needle_clip,
     needle_questions,
     random_scene,
@@ -280,11 +282,13 @@ def test_index_seed_and_split_each_change_the_document(processor: FoveateProcess
 @pytest.mark.parametrize("kind", KIND_BUILDERS)
 def test_documents_hold_no_unknown_word(processor: FoveateProcessor, kind: str) -> None:
     source = GlyphSource(kind, processor, objects=(1, 16), frames=(1, 8))
+    own = {"sentences": "sentences"} | dict.fromkeys(EPISODE_KIND_BUILDERS, "episodes")
+    tokenizer = glyph_tokenizer(own.get(kind, "glyphs"))
     for index in range(60):
         document = source.document(index)
         for part in document.parts:
             if isinstance(part, Text):
-                assert processor.tokenizer.unk_token_id not in processor.tokenizer.encode(part.text), part.text
+                assert tokenizer.unk_token_id not in tokenizer.encode(part.text), part.text
         assert (encode(document, processor).labels != -100).sum() > 0
 
 
