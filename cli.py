@@ -96,9 +96,10 @@ class ExportFormat(StrEnum):
     vila = "vila"
 
 
-class EvalTask(StrEnum):
-    glyphs = "glyphs"
+class FrontierTask(StrEnum):
     rows = "rows"
+    glyphs = "glyphs"
+    clips = "clips"
     needles = "needles"
 
 
@@ -224,13 +225,34 @@ def convert(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="Folder of a training run.", metavar="RUN")],
+    run: Annotated[Path | None, typer.Argument(help="Folder of a training run.", metavar="[RUN]")] = None,
     out: Annotated[Path | None, typer.Option(help="The page to write. Default: report.html in RUN.")] = None,
+    docs: Annotated[
+        bool,
+        typer.Option("--docs", help="Instead: make the documentation's figures and tables anew from docs/results."),
+    ] = False,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="With --docs: write nothing, tell what differs; exit code 1 if anything does."),
+    ] = False,
 ) -> None:
-    """Make an HTML page of a run: loss, rates, memory, packing, gradient norms, documents that could not be used."""
-    from .train.report import write_report
+    """Make an HTML page of a run: loss, rates, memory, packing, gradient norms, documents that could not be used.
 
-    print(f"report in {write_report(run, out)}")
+    With --docs, in a checkout: every figure of docs/ and every table between marks, from the results files.
+    """
+    if (check and not docs) or (docs and out is not None):
+        raise typer.BadParameter("--check goes with --docs, --out with the folder of a run")
+    if run is not None and not docs:
+        from .train.report import write_report
+
+        print(f"report in {write_report(run, out)}")
+        return
+    if run is not None or not docs:
+        raise typer.BadParameter("accepted: the folder of a run, or --docs")
+    from .eval.doc_checks import report_docs
+
+    if not report_docs(check):
+        raise typer.Exit(1)
 
 
 @data_app.command("prune")  # here, because it runs models, which is no business of the data's floor
@@ -257,6 +279,27 @@ def prune(
 
         about = choose(source, out, small, large, keep, workers=workers, after_document=show)
     print(f"kept {about['kept']:,} of {about['documents']:,} documents in {out}")
+
+
+@data_app.command("lmms")  # here, because its questions are those of evaluations
+def lmms_tasks(
+    out: Annotated[Path, typer.Argument(help="Folder to write; new or empty.", metavar="OUT")],
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Tasks or groups, such as foveate_glyphs. Default: all.", metavar="[NAME]..."),
+    ] = None,
+    n: Annotated[int, typer.Option(min=1, help="Questions a task.")] = 200,
+    split: Annotated[Split, typer.Option(help="Whose digit images are shown; test is held out.")] = Split.test,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of what is drawn; `foveate eval` asks the questions of seed 0.")
+    ] = 0,
+) -> None:
+    """Write tasks of lmms-eval with their data: the questions of `foveate eval`, for lmms-eval --include_path OUT."""
+    _quiet_libraries()
+    from .eval.lmms_tasks import write_tasks
+
+    written = write_tasks(out, n, names or (), split.value, seed)
+    print(f"{len(written)} tasks of {n} questions; lmms-eval --include_path {out} --tasks {','.join(written)}")
 
 
 @app.command()
@@ -465,19 +508,42 @@ def export(
 def evaluate(
     model: ModelArgument,
     task: Annotated[
-        EvalTask,
+        list[str] | None,
         typer.Option(
-            help="glyphs: the embedded data's tasks. rows: rows of glyphs sorted, for models of `sort-row`. needles: "
-            "one frame of a long clip, for models of `needle`."
+            help="glyphs: the embedded data's tasks (the default). rows: rows of glyphs sorted, for models of "
+            "`sort-row`. needles: one frame of a long clip; haystack: a grid of depths and numbers of frames, on mp4 "
+            "files, both for models of `needle`. shots: names learned from the prompt's examples, for models of "
+            "`in-context`. text: loss on held-out text, for models of `text-retention`. lmms:NAME: a task of "
+            "lmms-eval; may be given several times."
         ),
-    ] = EvalTask.glyphs,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for metrics.json and report.html. Default: only printed.")
     ] = None,
-    n: Annotated[int, typer.Option(min=1, help="Questions a task.")] = 500,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for metrics.json, and a report or picture. Default: only printed.")
+    ] = None,
+    n: Annotated[
+        int | None, typer.Option(min=1, help="Questions a task; of haystack a cell. Default: the task's own.")
+    ] = None,
     split: Annotated[Split, typer.Option(help="Whose digit images are shown; test is held out.")] = Split.test,
     frames: Annotated[
-        int | None, typer.Option(min=4, help="With --task needles: frames of each clip. Default: 64.")
+        list[int] | None,
+        typer.Option(min=4, help="Of each clip, with needles, haystack (may be given several times) and lmms:NAME."),
+    ] = None,
+    depths: Annotated[
+        int | None, typer.Option(min=2, help="With haystack: places from the first frame to the last. Default: 8.")
+    ] = None,
+    needles: Annotated[
+        int | None,
+        typer.Option(min=1, max=6, help="With haystack: digits in a clip, of different colours. Default: 4."),
+    ] = None,
+    shots: Annotated[
+        list[int] | None, typer.Option(min=0, help="With shots: examples of each class. Default: 0, 1, 2, 4 and 8.")
+    ] = None,
+    ways: Annotated[int | None, typer.Option(min=2, help="With shots: classes to choose from. Default: 2.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="With lmms:NAME: prompts that are asked together. Default: 8.")
+    ] = None,
+    max_visual_tokens: Annotated[
+        int | None, typer.Option(min=1, help="With lmms:NAME: of all media of a question, as of `ask`.")
     ] = None,
     prune: PruneOption = None,
     kv: KVOption = None,
@@ -490,24 +556,94 @@ def evaluate(
 
     With torchrun several processes share out the questions, or with --ulysses and --ring each sequence.
     """
-    if frames is not None and task != EvalTask.needles:
-        raise typer.BadParameter(f"--frames with --task {task.value}; accepted: --task needles")
+    from .eval.dispatch import LMMS, check_task, run_task
+
+    tasks = task or ["glyphs"]
+    grid: dict[str, Any] = {"depths": depths, "needles": needles, "shots": shots, "ways": ways}
+    limits: dict[str, Any] = {"batch": batch, "max_visual_tokens": max_visual_tokens}
+    try:
+        kind = check_task(tasks, frames=frames, prune=prune, kv=kv, **grid, **limits)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     methods, spec, schemes = _methods(prune), _kv(kv), _schemes(weights, tower_weights)
-    from .eval.needle import evaluate_needles
-    from .eval.report import evaluate_and_report
-    from .eval.rows import evaluate_rows
     from .vlm.parallel.inference import sequence_parallel
 
     with _processes(ulysses, ring, "eval") as (topology, device):
         console = Console(quiet=topology.rank > 0)
+        if kind == LMMS:  # it loads the model itself
+            from .eval.lmms_run import run_lmms
+
+            _check_folder(model)
+            _quiet_libraries()
+            names = [name.removeprefix(LMMS) for name in tasks]
+            run_lmms(
+                model, names, out, n, console, split.value, batch or 8, topology, prune=prune or (), kv=kv,
+                frames=frames[0] if frames else None, max_visual_tokens=max_visual_tokens, weights=weights,
+                tower_weights=tower_weights, device=device,
+            )  # fmt: skip
+            return
         with _all_or_none(topology):
             loaded, processor = _load(model, schemes, device)
         with sequence_parallel(loaded, topology):
-            if task == EvalTask.needles:
-                evaluate_needles(loaded, processor, out, n, split.value, console, methods, spec, frames or 64, topology)
-                return
-            run = evaluate_rows if task == EvalTask.rows else evaluate_and_report
-            run(loaded, processor, out, n, split.value, console, methods, spec, topology)
+            run_task(
+                kind, loaded, processor, out, n, split.value, console, methods, spec, topology, frames=frames or (),
+                **grid,
+            )  # fmt: skip
+
+
+@app.command()
+def frontier(
+    models: Annotated[
+        list[str], typer.Argument(help="Folders of models; several are seeds of one recipe.", metavar="MODEL...")
+    ],
+    task: Annotated[
+        FrontierTask,
+        typer.Option(help="rows: models of `sort-row`. glyphs, clips: the quickstart's. needles: models of `needle`."),
+    ] = FrontierTask.rows,
+    out: Annotated[
+        Path, typer.Option(help="Folder for results, picture and answers; a run that was stopped goes on there.")
+    ] = Path("runs/frontier"),
+    n: Annotated[
+        int, typer.Option(min=2, help="Test questions of each model, which what is told is measured on.")
+    ] = 1000,
+    n_dev: Annotated[
+        int | None,
+        typer.Option("--n-dev", min=1, help="Questions of the dev split, which choose. Default: half of --n."),
+    ] = None,
+    n_claims: Annotated[
+        int | None,
+        typer.Option(
+            "--n-claims", min=1, help="Test questions for the best method and the KV stores alone. Default: --n."
+        ),
+    ] = None,
+    prune: Annotated[
+        list[str] | None,
+        typer.Option(help="Pruning methods by name, such as fastv. Default: all that apply.", metavar="NAME"),
+    ] = None,
+    keep: Annotated[
+        list[float] | None,
+        typer.Option(help="Fractions of the visual tokens. Default: 0.75, 0.5, 0.25 and 0.1.", metavar="FRACTION"),
+    ] = None,
+    kv: Annotated[
+        list[str] | None,
+        typer.Option(help="KV caches, besides the dense one, as of `ask`. Default: int8, int4, int2 and mixtures."),
+    ] = None,
+    frames: Annotated[int | None, typer.Option(min=4, help="With --task needles: of each clip. Default: 64.")] = None,
+) -> None:
+    """Draw accuracy over a prefill's FLOPs and the KV cache's bytes, of pruning methods, budgets and KV stores.
+
+    Prints the Pareto set: what nothing else beats at once in accuracy, FLOPs and bytes.
+    """
+    if frames is not None and task != FrontierTask.needles:
+        raise typer.BadParameter(f"--frames with --task {task.value}; accepted: --task needles")
+    from .eval.frontier import run_frontier
+    from .eval.prune import KEEPS
+
+    loaded = [(model.float(), processor) for model, processor in (_load(name, {}, None) for name in models)]
+    run_frontier(
+        loaded, task.value, out, n, Console(), names=models, pruners=prune or (), keeps=keep or KEEPS, kv=kv or (),
+        frames=frames or 64, n_dev=n_dev, n_claims=n_claims,
+    )  # fmt: skip
 
 
 @app.command()

