@@ -159,7 +159,7 @@ def draw(results: dict[str, Any]) -> bytes:
         panel.set_title("LLM without induction" if plain else "LLM with induction", fontsize=10)
         panel.set_xlabel("examples of each of the two classes")
         panel.set_xticks(range(5), ["0", "1", "2", "4", "8"])
-        panel.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
+        panel.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("forced choice, held-out pictures")
     panels[0].set_ylim(0.4, 1.02)
