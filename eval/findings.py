@@ -11,6 +11,7 @@ from .statistics import wilson_interval
 from .tables import markdown
 
 Results = dict[str, Any]
+INT4 = "int4, keys by channel"
 
 
 def tables(needles: Results, in_context: Results, text: Results, frontier: Results) -> dict[str, str]:
@@ -65,11 +66,11 @@ def _text(results: Results) -> list[str]:
 def _frontier(results: Results) -> list[str]:
     claims = results["claims"]
     part, above = (find(claims["results"], name) for name in ("exact_match: of full", "exact_match less random"))
-    [int4] = [one for one in claims["stores"] if one["store"] == "int4"]
+    [int4] = [one for one in claims["stores"] if one["store"] == INT4]
     packed = find(int4["results"], "nothing dropped")
     told = (
         f"{claims['best'].removesuffix(', dense')} of the visual tokens: {_told(part, '.1%')} of the full accuracy, "
-        f"{_told(above, '+.3f')} above random tokens; KV cache in int4: {_told(packed, '+.3f')}"
+        f"{_told(above, '+.3f')} above random tokens; KV cache in {INT4}: {_told(packed, '+.3f')}"
     )
     return ["accuracy over FLOPs and KV bytes", told, "[frontier](docs/frontier.md)"]
 

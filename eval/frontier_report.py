@@ -127,8 +127,8 @@ def stores_table(results: Results) -> str:
             cells += [_points(alone), _points(find(entry["results"], "words, nothing dropped")), _points(best)]
             cells.append("both" if all(inside) else "first" if inside[0] else "second" if inside[1] else "")
         rows.append(cells + [""] * (10 - len(cells)))
-    header = ["KV store", "kB", "bits", "held", "packed", "answers right", "less dense", "words, less dense",
-              "with the best method, less dense", f"within ±{100 * results['margin']:g} point"]  # fmt: skip
+    header = ["KV store", "kB", "bits", "held", "packed", "answers right", "against dense", "words, against dense",
+              "with the best method", f"within ±{100 * results['margin']:g} point"]  # fmt: skip
     return markdown(header, rows)
 
 
@@ -152,8 +152,8 @@ def methods_table(results: Results) -> str:
             above = find(one["results"], LESS_RANDOM)
             cells += [f"{_accuracy(control):.3f}", _points(above), _p(one["holm"][LESS_RANDOM])]
         rows.append(cells + [""] * (10 - len(cells)))
-    header = ["method", "visual tokens", "FLOPs", "KV kB", "answers right", "words right", "less full", "random",
-              "less random", "p (Holm)"]  # fmt: skip
+    header = ["method", "visual tokens", "FLOPs", "KV kB", "answers right", "words right", "against full", "random",
+              "against random", "p (Holm)"]  # fmt: skip
     return markdown(header, rows)
 
 

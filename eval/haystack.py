@@ -1,8 +1,8 @@
 """The needle-in-a-haystack grid, depth × frames, on mp4 files: `foveate eval --task haystack` (docs/needle.md).
 
-As V-NIAH of LongVA (arXiv 2406.16852) and the grid of LongVILA (arXiv 2408.10188): what is asked
-for stands in one frame, at a depth of the clip that is set. Each question is about a clip of its own, which goes from
-an mp4 file through the same decoding, encoding and chat as in `foveate ask clip.mp4`, and is answered by generating.
+As V-NIAH of LongVA (arXiv 2406.16852) and the grid of LongVILA (arXiv 2408.10188): what is asked for stands in one
+frame, at a depth of the clip that is set. Each question is about a clip of its own, which goes from an mp4 file through
+the same decoding, encoding and chat as in `foveate ask clip.mp4`, and is answered by generating.
 """
 
 import json
@@ -309,12 +309,15 @@ def picture(grids: Sequence[tuple[str, dict[str, Any]]]) -> bytes:
         values = np.array([[one["value"] for one in column] for column in cells]).T  # [depths, lengths]
         image = axes.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
         for (depth, length), value in np.ndenumerate(values):
-            axes.text(length, depth, f"{value:.2f}".removeprefix("0"), ha="center", va="center", fontsize=7.5)
-        axes.set_xticks(range(len(cells)), [f"{row['frames']:,}" for row in grid["rows"]], fontsize=8)
+            colour = "white" if abs(value - 0.5) > 0.35 else "black"
+            text = f"{value:.2f}".removeprefix("0")
+            axes.text(length, depth, text, ha="center", va="center", fontsize=7.5, color=colour)
+        counts = [max(one["n"] for one in column) for column in cells]
+        lengths = [f"{row['frames']:,}\nn = {n}" for row, n in zip(grid["rows"], counts, strict=True)]
+        axes.set_xticks(range(len(cells)), lengths, fontsize=8)
         axes.set_yticks(range(len(values)), [one["name"].removeprefix("depth ") for one in cells[0]], fontsize=8)
-        counts = sorted({one["n"] for column in cells for one in column})
-        axes.set_title(f"{title}, {' or '.join(map(str, counts))} questions a cell", fontsize=9)
-        axes.set_xlabel("frames of the clip")
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("frames of the clip, n questions a cell")
     panels[0][0].set_ylabel("depth of the needle")
     figure.colorbar(image, ax=panels[0], label="needles found", pad=0.01)
     return png(figure)

@@ -19,7 +19,7 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
         lead = of["least lead of a generated token"]["value"]
         accuracy = f"{ours['value']:.3f} [{ours['low']:.3f}, {ours['high']:.3f}]"
         rows.append(
-            [f"`{point['task']}`", point["model"], str(ours["n"]), accuracy, lmms, other, f"{drift:.0e}", f"{lead:.0e}"]
+            [f"`{point['task']}`", point["model"], str(ours["n"]), accuracy, lmms, other, f"{drift:.0e}", f"{lead:.2g}"]
         )
     header = [
         "task", "model", "n", "`foveate eval`", "lmms-eval", "answers that differ", "drift by batching, nats",

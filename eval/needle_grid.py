@@ -17,6 +17,8 @@ PRUNED = (64,)  # frames of clips some of whose frames the LLM stops reading
 FULL = f"{NEEDLES} needles"
 SINGLE = "1 needle"
 COMPARED = "above nothing reduced"
+SHORT = 8  # frames of clips of a control with more questions
+TAKEN_OUT_SHORT = f"{TAKEN_OUT}, {SHORT} frames"
 
 Point = dict[str, Any]  # what is published of a setting and a model
 
@@ -137,12 +139,14 @@ def _settings(points: Sequence[Point]) -> str:
 
 
 def _controls(points: Sequence[Point]) -> str:
-    whole = [one for one in points if one["setting"] in (FULL, SINGLE)]
-    rows = [
-        [f"{one['setting']}, seed {one['seed']}", *(_told(find(one["results"], name)) for name in (NO_CLIP, TAKEN_OUT))]
-        for one in whole
-    ]
-    return markdown(["", NO_CLIP, TAKEN_OUT], rows)
+    """A row a grid."""
+    names = (NO_CLIP, TAKEN_OUT, TAKEN_OUT_SHORT)
+    rows = []
+    for one in points:
+        if one["setting"] in (FULL, SINGLE):
+            title = f"{one['setting']}, seed {one['seed']}"
+            rows.append([title, *(_told(find(one["results"], name)) for name in names)])
+    return markdown(["", *names], rows)
 
 
 def _told(entry: dict[str, Any], form: str = ".3f") -> str:

@@ -37,27 +37,18 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     console, done = Console(), []
-    for task, names, fewer in (
-        ("rows", options.rows, {}),
-        ("glyphs", options.quickstart, FEWER),
-        ("needles", options.needle, FEWER),
-        ("clips", options.quickstart, FEWER),
+    for task, names, n_dev, fewer in (
+        ("rows", options.rows, 300, {}),
+        ("glyphs", options.quickstart, 600, FEWER),
+        ("needles", options.needle, 300, FEWER),
+        ("clips", options.quickstart, 300, FEWER),
     ):
         if not names:
             continue
         console.rule(task)
         models = [(model.float(), processor) for model, processor in (load_model(name, device="cpu") for name in names)]
-        content = run_frontier(
-            models,
-            task,
-            options.out / task,
-            options.n,
-            console,
-            names,
-            n_dev=options.n_dev,
-            n_claims=options.n_claims,
-            **fewer,
-        )
+        counts = {"n": options.n, "n_dev": n_dev, "n_claims": options.n_claims}
+        content = run_frontier(models, task, options.out / task, console=console, names=names, **counts, **fewer)
         done.append((f"frontier_{task}", content))
     for name, content in done if options.publish else ():
         check_results(content, f"{name}.json")

@@ -24,8 +24,19 @@ from torch.multiprocessing import start_processes
 from foveate.data.needles import NEEDLES
 from foveate.eval.facts import result, run_facts
 from foveate.eval.figures import publish
-from foveate.eval.haystack import DEPTHS, evaluate_haystack
-from foveate.eval.needle_grid import FULL, SETTINGS, Setting, compare, point, questions_a_cell, tables
+from foveate.eval.haystack import DEPTHS, evaluate_haystack, fraction, haystack_items, said_without_clip, search
+from foveate.eval.needle_grid import (
+    FULL,
+    SETTINGS,
+    SHORT,
+    SINGLE,
+    TAKEN_OUT_SHORT,
+    Setting,
+    compare,
+    point,
+    questions_a_cell,
+    tables,
+)
 from foveate.train.loop import FINISHED, train
 from foveate.train.recipe import load_recipe
 from foveate.vlm.cache.parse import parse_kv
@@ -91,6 +102,16 @@ def shared(rank: int, store: str, out: Path, folder: Path, setting: Setting, fra
         dist.destroy_process_group()
 
 
+def without_needle(file: Path, folder: Path, needles: int, n: int) -> dict[str, Any]:
+    """The control of short clips whose needle is taken out, n questions a cell; measured now, or before."""
+    if not file.exists():
+        model, processor = loaded(folder)
+        items = haystack_items(n, SHORT, needles=needles, taken_out=True)
+        row = search(model, processor, items, SHORT, DEPTHS, said_without_clip(model, processor))
+        file.write_text(json.dumps(fraction(TAKEN_OUT_SHORT, row.right)))
+    return json.loads(file.read_text())
+
+
 def run(out: Path, seeds: list[int], questions: int, console: Console) -> dict[str, Any]:
     """Everything, as JSON."""
     points, said = [], {}
@@ -103,6 +124,9 @@ def run(out: Path, seeds: list[int], questions: int, console: Console) -> dict[s
                 for frames in setting.frames
             ]
             points.append(point(setting, seed, written))
+            if setting.name in (FULL, SINGLE):
+                file = here / f"taken-out-{setting.needles}-{2 * questions}.json"
+                points[-1]["results"].append(without_needle(file, folder, setting.needles, 2 * questions))
             said[setting.name, seed] = {
                 frames: answers for one in written for frames, answers in one["answers"].items()
             }

@@ -110,6 +110,7 @@ NO_MEASUREMENT = {
     "fewer than 2 bits": "the method's format",
     "what colour is the 7 ?": "a question",
     "exit code 2": "what the command does",
+    "a 95 % interval": "the kind of interval",
 }
 
 

@@ -16,16 +16,18 @@ from rich.console import Console
 
 from foveate.eval import frontier, frontier_tasks
 from foveate.eval.frontier import DENSE, FULL, Point, pareto, pareto_points, run_frontier
-from foveate.eval.frontier_report import lines, picture, tables
+from foveate.eval.frontier_report import equivalent, lines, picture, tables
 from foveate.eval.frontier_tasks import KNOWN, TASKS, Answered, RandomOfTower, RandomOfVideo, answers, batches
 from foveate.eval.glyphs import answer
 from foveate.eval.prune import Setting, row_items
-from foveate.eval.results import check_results
+from foveate.eval.results import check_results, load_results
 from foveate.eval.statistics import bootstrap_interval
 from foveate.vlm.cache.parse import parse_kv
 from foveate.vlm.pruning import Reduction, parse_method
 from foveate.vlm.pruning.fastervlm import FasterVLM
 from foveate.vlm.pruning.towers import VisualMap
+
+ROOT = Path(__file__).parents[2]
 
 # The Pareto set
 
@@ -374,3 +376,20 @@ def test_questions_are_the_same_again_and_differ_by_split_and_model(task: str) -
 
     assert made(5, "dev", 0)[:3] == made(3, "dev", 0) and len(made(5, "dev", 0)) == 5
     assert len({made(1, split, seed)[0][1] for split in ("dev", "test") for seed in (0, 1)}) == 4
+
+
+def test_committed_results_reach_the_bar() -> None:
+    """At a quarter of the tokens within a tenth of full, above random; 4 bits within a point of dense; all packed."""
+    results = load_results(ROOT / "docs" / "results" / "frontier_rows.json")
+    claims = results["claims"]
+    best = next(one for one in results["points"] if one["name"] == claims["best"])
+    assert best["keep"] == 0.25 and results["models"] >= 3 and any(one["pareto"] for one in results["points"])
+    found = {one["name"]: one for one in claims["results"]}
+    assert found["exact_match: of full"]["low"] >= 0.9
+    assert found["exact_match less random"]["low"] > 0.2 and found["exact_match less random"]["p"] < 1e-6
+    stores = {one["store"]: one["results"] for one in claims["stores"]}
+    for store in ("int8", "int8 keys, int4 values", "int4, keys by channel"):
+        for one in stores[store][:2]:
+            assert one["n"] >= 2000 and equivalent(one, 0.01)
+    packed = [one["packed"] for one in results["points"] if one["curve"] == "full" and one["store"] != DENSE]
+    assert packed == [1.0] * len(packed)

@@ -22,6 +22,7 @@ from foveate.eval.haystack import (
     HaystackItem,
     Row,
     evaluate_haystack,
+    fraction,
     haystack_items,
     picture,
     search,
@@ -278,6 +279,8 @@ def test_settings_are_compared_on_the_questions_that_both_have() -> None:
 def test_tables_tell_what_the_results_hold() -> None:
     points = [point(needle_grid.FULL, [row(64, "1110"), row(512, "1111")]), point("pruned", [row(64, "0110")])]
     points.append(point(needle_grid.SINGLE, [row(64, "1111")], needles=1))
+    for one in (points[0], points[2]):
+        one["results"].append(fraction(needle_grid.TAKEN_OUT_SHORT, [True, False]))
     needle_grid.compare(points)
     made = needle_grid.tables({"points": points})
     grid = made["grid"].splitlines()
@@ -289,8 +292,9 @@ def test_tables_tell_what_the_results_hold() -> None:
     assert len(settings) == 4  # 512 frames are not among those compared
     assert settings[3].startswith("| pruned | 64 | **0.500** (0.150 – 0.850), n = 4 | **-0.250**")
     assert settings[3].endswith("| 1 | 5 | 32 |")
-    assert made["controls"].splitlines()[2].split("|")[2:4] == [
+    assert made["controls"].splitlines()[2].split("|")[2:5] == [
         " **0.875** (0.529 – 0.978), n = 8 ", " **0.500** (0.150 – 0.850), n = 4 ",
+        " **0.500** (0.095 – 0.905), n = 2 ",
     ]  # fmt: skip
 
 

@@ -332,6 +332,21 @@ def commands(runs: Runs, folder: Path) -> None:
     runs.tiny.image(0).save(picture)
     ask = ["ask", model, str(picture), "What is this?", "--max-new-tokens", "4"]
     needles = ["eval", model, "--task", "needles", "--frames", "6", "--n", "2", "--split", "dev", "--out"]
+    grid = [
+        "eval",
+        model,
+        "--task",
+        "haystack",
+        "--frames",
+        "6",
+        "--depths",
+        "2",
+        "--n",
+        "1",
+        "--split",
+        "dev",
+        "--out",
+    ]
     for name, ranks, arguments in (
         ("ask alone", 1, ask),
         ("ask", 2, [*ask, "--ring", "2"]),
@@ -340,6 +355,8 @@ def commands(runs: Runs, folder: Path) -> None:
         ("refused", 2, [*ask, "--ulysses", "2", "--prune", "fastv:layer=1"]),
         ("eval alone", 1, [*needles, str(folder / "one")]),
         ("eval", 2, [*needles, str(folder / "two"), "--ulysses", "2"]),
+        ("grid alone", 1, [*grid, str(folder / "grid-one")]),
+        ("grid", 2, [*grid, str(folder / "grid-two"), "--ulysses", "2"]),
         ("lost", 2, [*ask, "--ring", "2"]),
         ("failed", 2, [*needles, str(folder / "none")]),
     ):

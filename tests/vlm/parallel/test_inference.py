@@ -157,6 +157,16 @@ def test_eval_tells_each_ranks_memory(ranks: list[dict[str, Any]], folder: Path)
         assert of_rank["peak_bytes"] >= of_rank["loaded_bytes"] > 1e8
 
 
+def test_ranks_that_share_a_clip_answer_the_needle_grid_as_one_does(ranks: list[dict[str, Any]], folder: Path) -> None:
+    texts, codes = printed(folder, "grid")
+    assert codes == [0, 0] and texts[1] == ""
+    one, two = (json.loads((folder / name / "metrics.json").read_text()) for name in ("grid-one", "grid-two"))
+    assert one["answers"] == two["answers"] and [len(said) for said in two["answers"].values()] == [2]
+    assert two["parallel"] == {"ulysses": 2, "ring": 1, "processes": 2}
+    [kv_one], [kv_two] = ([e["value"] for e in m["rows"][0]["results"] if e["name"] == "KV cache"] for m in (one, two))
+    assert kv_two <= 0.6 * kv_one
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
