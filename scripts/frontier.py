@@ -30,7 +30,6 @@ def main() -> None:
     parser.add_argument("--quickstart", nargs="*", default=[], help="models of the recipe quickstart")
     parser.add_argument("--needle", nargs="*", default=[], help="models of the recipe needle")
     parser.add_argument("--n", type=int, default=200, help="test questions of each model in each setting")
-    parser.add_argument("--n-dev", type=int, default=300, help="dev questions of each model, for choosing")
     parser.add_argument("--n-claims", type=int, default=800, help="test questions of each model for what is claimed")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--publish", action="store_true", help="put the results into docs/")
