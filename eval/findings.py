@@ -8,7 +8,7 @@ from .needle_grid import FULL
 from .results import find
 from .retention import LAST, RE_BLENDED, WITHOUT
 from .statistics import wilson_interval
-from .tables import markdown
+from .tables import markdown, with_interval
 
 Results = dict[str, Any]
 INT4 = "int4, keys by channel"
@@ -29,8 +29,8 @@ def _needles(results: Results) -> list[str]:
     assert results["points"][0]["setting"] == FULL
     short = "".join(row["right"] for frames, row in rows.items() if frames <= 64)
     low, high = wilson_interval(short.count("1"), len(short))
-    told = [f"{short.count('1') / len(short):.3f} ({low:.3f} – {high:.3f}) of them to 64 frames"]
-    told += [f"{_told(find(rows[frames]['results'], ALL))} at {frames:,}" for frames in (128, 256, 1024)]
+    told = [f"{short.count('1') / len(short):.3f} [{low:.3f}, {high:.3f}] of them to 64 frames"]
+    told += [f"{with_interval(find(rows[frames]['results'], ALL))} at {frames:,}" for frames in (128, 256, 1024)]
     return ["needles in mp4 clips, the question names which of four", ", ".join(told), "[needle](docs/needle.md)"]
 
 
@@ -43,8 +43,8 @@ def _in_context(results: Results) -> list[str]:
     own, new = right("unfrozen, interleaved + captions"), right("unfrozen, interleaved + captions", "classes")
     frozen = right("frozen, interleaved + captions")["each"]
     told = (
-        f"interleaved documents {_told(own)} on held-out pictures, {_told(new)} on new classes with new names; "
-        f"captions alone {_told(right('unfrozen, captions'))}, chance .5; a frozen LLM with induction "
+        f"interleaved documents {with_interval(own)} on held-out pictures, {with_interval(new)} on new classes with "
+        f"new names; captions alone {with_interval(right('unfrozen, captions'))}, chance .5; a frozen LLM with induction "
         f"{' / '.join(f'{one:.3f}' for one in frozen)} (seeds)"
     )
     return ["names learned from 4 examples in the prompt", told, "[in-context learning](docs/in_context.md)"]
@@ -69,16 +69,12 @@ def _frontier(results: Results) -> list[str]:
     [int4] = [one for one in claims["stores"] if one["store"] == INT4]
     packed = find(int4["results"], "nothing dropped")
     told = (
-        f"{claims['best'].removesuffix(', dense')} of the visual tokens: {_told(part, '.1%')} of the full accuracy, "
-        f"{_told(above, '+.3f')} above random tokens; KV cache in {INT4}: {_told(packed, '+.3f')}"
+        f"{claims['best'].removesuffix(', dense')} of the visual tokens: {with_interval(part, '.1%')} of the full "
+        f"accuracy, {with_interval(above, '+.3f')} above random tokens; KV cache in {INT4}: {with_interval(packed, '+.3f')}"
     )
     return ["accuracy over FLOPs and KV bytes", told, "[frontier](docs/frontier.md)"]
 
 
-def _told(entry: dict[str, Any], form: str = ".3f") -> str:
-    return f"{entry['value']:{form}} ({entry['low']:{form}} – {entry['high']:{form}})"
-
-
 def _change(ratio: dict[str, Any]) -> str:
     value, low, high = (100 * (ratio[key] - 1) for key in ("value", "low", "high"))
-    return f"{value:+.1f} % ({low:+.1f} – {high:+.1f})"
+    return f"{value:+.1f} % [{low:+.1f}, {high:+.1f}]"

@@ -5,7 +5,7 @@ from typing import Any
 
 from .report import plt, png
 from .results import find
-from .tables import markdown
+from .tables import markdown, with_interval
 
 Results = dict[str, Any]
 DENSE, FULL = "dense", "full"
@@ -38,10 +38,6 @@ def _random(results: Results, point: Results) -> Results | None:
     before = "random-of-video" if point["curve"] in ("evs", "dycoke") else "random-of-tower"
     name = "random" if point["layer"] else before
     return _at(results, name, point["layer"], point["keep"])
-
-
-def _interval(entry: Results, form: str = ".3f") -> str:
-    return f"{entry['value']:{form}} [{entry['low']:{form}}, {entry['high']:{form}}]"
 
 
 def _points(entry: Results) -> str:
@@ -96,7 +92,7 @@ def pareto_table(results: Results) -> str:
         found = find(one["results"], "exact_match")
         rows.append([
             _setting(one), one["store"], f"{one['flops']:.2f}", f"{one['kv_bytes'] / 1e3:.1f}", f"{one['dev']:.3f}",
-            _interval(found), _part(found["value"], full), "yes" if one["pareto_by_test"] else "",
+            with_interval(found), _part(found["value"], full), "yes" if one["pareto_by_test"] else "",
         ])  # fmt: skip
     header = ["method", "KV store", "FLOPs", "KV kB", "dev", "test", "of full", "on test, too"]
     return markdown(header, rows)
@@ -106,7 +102,7 @@ def claims_table(results: Results) -> str:
     claims = results["claims"]
     rows = []
     for one in claims["results"]:
-        form = _interval(one, ".1%") if one["unit"] == "ratio" else _points(one)
+        form = with_interval(one, ".1%") if one["unit"] == "ratio" else _points(one)
         rows.append([one["name"], form, f"p {_p(one['p'])}" if "p" in one else ""])
     return markdown([claims["best"], "95 % interval", "McNemar"], rows)
 
@@ -119,7 +115,7 @@ def stores_table(results: Results) -> str:
         cells = [
             _told(entry["store"], results["stores"][entry["store"]]), f"{point['kv_bytes'] / 1e3:.1f}",
             f"{point['bits']:.1f}", f"{point['held']:.0%}", f"{point['packed']:.0%}",
-            _interval(find(point["results"], "exact_match")),
+            with_interval(find(point["results"], "exact_match")),
         ]  # fmt: skip
         if entry["results"]:
             alone, best = (find(entry["results"], name) for name in ("nothing dropped", "best method"))
@@ -145,7 +141,7 @@ def methods_table(results: Results) -> str:
         words, exact = (find(one["results"], name) for name in ("word_accuracy", "exact_match"))
         control = _random(results, one) if one["curve"] not in (FULL, "nothing") else None
         cells = [_setting(one), f"{one['visual_tokens']:.1f}", f"{one['flops']:.2f}", f"{one['kv_bytes'] / 1e3:.1f}",
-                 _interval(exact), _interval(words)]  # fmt: skip
+                 with_interval(exact), with_interval(words)]  # fmt: skip
         less = [each for each in one["results"] if each["name"] == LESS_FULL]
         cells.append(_points(less[0]) if less else "")
         if control is not None:
@@ -189,13 +185,13 @@ def lines(results: Results) -> list[str]:
         f"{len(near)} of them keep {1 - WITHIN:.0%} of the full accuracy on test questions:",
     ]
     for one in near:
-        seen = _interval(find(one["results"], "exact_match"))
+        seen = with_interval(find(one["results"], "exact_match"))
         costs = f"FLOPs {one['flops']:.2f}  KV {one['kv_bytes'] / 1e3:6.1f} kB"
         told.append(f"  {one['name']:<48} {seen}  {_part(_accuracy(one), full):>6} of full  {costs}")
     claims = results["claims"]
     told.append(f"best method by dev at its budget: {claims['best']}")
     for one in claims["results"]:
-        form = _interval(one, ".1%") if one["unit"] == "ratio" else f"{_points(one)} points"
+        form = with_interval(one, ".1%") if one["unit"] == "ratio" else f"{_points(one)} points"
         told.append(f"  {one['name']}: {form}" + (f", p {_p(one['p'])}" if "p" in one else ""))
     for entry in claims["stores"]:
         alone = find(entry["results"], "nothing dropped")

@@ -10,7 +10,7 @@ from .facts import result
 from .report import png
 from .results import find
 from .statistics import bootstrap_interval, mcnemar, wilson_interval
-from .tables import markdown
+from .tables import markdown, with_interval
 
 SHOTS = 4  # at which arms are compared
 ASKED = (("forced", "forced_choice"), ("free", "generated"))
@@ -93,7 +93,10 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
     arms = results["arms"]
     shots = [one["shots"] for one in arms[0]["points"] if one["kind"] == "images" and one["ways"] == 2]
     by_shots = [
-        [arm["arm"], *(_told(find(point(arm, "images", number)["results"], "forced_choice")) for number in shots)]
+        [
+            arm["arm"],
+            *(with_interval(find(point(arm, "images", number)["results"], "forced_choice")) for number in shots),
+        ]
         for arm in arms
     ]
     return {
@@ -121,27 +124,23 @@ def _four(arm: dict[str, Any]) -> list[str]:
     for kind in ("images", "classes"):
         entries = point(arm, kind)["results"]
         chosen = find(entries, "forced_choice")
-        cells.append(_told(chosen))
+        cells.append(with_interval(chosen))
         if kind == "images":
             cells.append(" / ".join(f"{value:.3f}" for value in chosen["each"]))
-        cells.append(_told(find(entries, "generated")))
-    return [*cells, _told(find(point(arm, "images", ways=4)["results"], "forced_choice"))]
+        cells.append(with_interval(find(entries, "generated")))
+    return [*cells, with_interval(find(point(arm, "images", ways=4)["results"], "forced_choice"))]
 
 
 def _kept(arm: dict[str, Any]) -> list[str]:
     words = find(point(arm, "words")["results"], "forced_choice")
-    told = [_told(find(arm["captions"]["results"], name)) for name in ("colour", "object")]
-    return [arm["arm"], _told(words), *told, _told(arm["text"]["results"][0])]
+    told = [with_interval(find(arm["captions"]["results"], name)) for name in ("colour", "object")]
+    return [arm["arm"], with_interval(words), *told, with_interval(arm["text"]["results"][0])]
 
 
 def _comparison(compared: dict[str, Any]) -> list[str]:
     entry = compared["results"][0]
     p = "< 0.0001" if entry["p"] < 1e-4 else f"{entry['p']:.4f}"
-    return [compared["first"], compared["second"], _told(entry, "+.3f"), p]
-
-
-def _told(entry: dict[str, Any], form: str = ".3f") -> str:
-    return f"{entry['value']:{form}} [{entry['low']:{form}}, {entry['high']:{form}}]"
+    return [compared["first"], compared["second"], with_interval(entry, "+.3f"), p]
 
 
 def draw(results: dict[str, Any]) -> bytes:

@@ -9,7 +9,7 @@ from .facts import result
 from .haystack import ALL, FRAMES, NO_CLIP, OTHER, TAKEN_OUT, VISUAL, picture, summary
 from .results import find
 from .statistics import mcnemar
-from .tables import markdown
+from .tables import bold_with_interval, markdown
 
 REACHED = 256  # frames, up to which twice as many questions are asked of `FULL`
 SLOW = 2048  # frames, where a quarter as many are
@@ -150,4 +150,4 @@ def _controls(points: Sequence[Point]) -> str:
 
 
 def _told(entry: dict[str, Any], form: str = ".3f") -> str:
-    return f"**{entry['value']:{form}}** ({entry['low']:{form}} – {entry['high']:{form}}), n = {entry['n']}"
+    return f"{bold_with_interval(entry, form)}, n = {entry['n']}"

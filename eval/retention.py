@@ -23,6 +23,7 @@ from .facts import result
 from .glyphs import Item, answer
 from .report import plt, png
 from .statistics import bootstrap_interval, mcnemar, wilson_interval
+from .tables import bold_with_interval, markdown
 from .text import TextLoss, entropy, text_loss
 
 BEFORE, LAST = "text", "instruct"  # the stage that ends with the LLM as it was, and the last one
@@ -236,10 +237,6 @@ def _arms(results: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(point["arm"] for point in results["points"] if point["arm"] != START))
 
 
-def _cell(entry: dict[str, Any], form: str) -> str:
-    return f"**{entry['value']:{form}}** ({entry['low']:{form}} – {entry['high']:{form}})"
-
-
 def tables(results: dict[str, Any]) -> dict[str, str]:
     """By mark; of docs/results/text_retention.json."""
     return {"arms": arms_table(results), "categories": categories_table(results), "seeds": seeds_table(results)}
@@ -259,46 +256,46 @@ def arms_table(results: dict[str, Any]) -> str:
         "of before",
         "perplexity",
     ]
-    lines = [f"| {' | '.join([*columns, *names])} |", "|---" * (len(columns) + len(names)) + "|"]
+    rows = []
     for arm in _arms(results):
         between, last = entries[f"{arm}, interleaved"], entries[f"{arm}, {LAST}"]
         told = ", ".join(f"{shares[arm, stage]['loss_tokens']:.0%}" for stage in ("interleaved", LAST))
         cells = [
             f"{entries['before']['all: loss']['value']:.4f}",
-            _cell(between["all: loss"], ".4f"),
-            _cell(last["all: loss"], ".4f"),
-            _cell(last["all: loss / before"], ".2%"),
+            bold_with_interval(between["all: loss"], ".4f"),
+            bold_with_interval(last["all: loss"], ".4f"),
+            bold_with_interval(last["all: loss / before"], ".2%"),
             f"{last['all: perplexity']['value']:.3f}",
-            *(_cell(last[task], ".3f") for task in tasks),
+            *(bold_with_interval(last[task], ".3f") for task in tasks),
         ]
-        lines.append(f"| {arm} | {told} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([arm, told, *cells])
+    return markdown([*columns, *names], rows)
 
 
 def categories_table(results: dict[str, Any]) -> str:
     """Markdown: a row for each category, with the loss before and after the last stage of each arm."""
     entries, arms = _entries(results), _arms(results)
-    lines = [f"| nats a token | entropy | before | {' | '.join(arms)} |", "|---" * (3 + len(arms)) + "|"]
+    rows = []
     for name in (*CATEGORIES, "all"):
         first = entries["before"]
         cells = [f"{first[f'{name}: {what}']['value']:.4f}" for what in ("entropy", "loss")]
         for arm in arms:
             last = entries[f"{arm}, {LAST}"][f"{name}: loss"]
             cells.append(f"{last['value']:.4f} ({last['ratio']:.1%})")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([name, *cells])
+    return markdown(["nats a token", "entropy", "before", *arms], rows)
 
 
 def seeds_table(results: dict[str, Any]) -> str:
     """Markdown: a row for each arm, with each seed's loss after the last stage against before, and image tasks."""
     entries = _entries(results)
-    lines = ["| each seed | of before | what at | colour at |", "|---|---|---|---|"]
+    rows = []
     for arm in _arms(results):
         last = entries[f"{arm}, {LAST}"]
         cells = [", ".join(f"{one:.2%}" for one in last["all: loss / before"]["each"])]
         cells += [", ".join(f"{one:.3f}" for one in last[task]["each"]) for task in SMALL_SCENE_QUESTIONS]
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([arm, *cells])
+    return markdown(["each seed", "of before", "what at", "colour at"], rows)
 
 
 def picture(results: dict[str, Any]) -> bytes:

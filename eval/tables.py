@@ -1,6 +1,7 @@
 """Markdown tables."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -15,3 +16,13 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)
+
+
+def with_interval(entry: dict[str, Any], form: str = ".3f") -> str:
+    """An entry of a results file, with its 95 % interval: `0.950 [0.940, 0.960]`."""
+    return f"{entry['value']:{form}} [{entry['low']:{form}}, {entry['high']:{form}}]"
+
+
+def bold_with_interval(entry: dict[str, Any], form: str = ".3f") -> str:
+    """The same for tables that are read down: `**0.950** (0.940 – 0.960)`."""
+    return f"**{entry['value']:{form}}** ({entry['low']:{form}} – {entry['high']:{form}})"
